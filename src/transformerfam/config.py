@@ -1,0 +1,245 @@
+"""What a TransformerFAM is: the geometry of its blocks, windows and feedback memory.
+
+Knows no torch. A `FamConfig` is a value: two that are equal describe the same computation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any, Literal, get_args
+
+AttentionPattern = Literal["full", "swa", "bswa", "xl", "longformer"]
+FamPosition = Literal["last", "float", "zero"]
+FamQueryPosition = Literal["same", "block_end"]
+FirstResidual = Literal["zero", "prompt"]
+Backend = Literal["sdpa", "eager", "flex"]
+
+# Fields that change speed or gradients but nothing that a memory holds.
+_NOT_PART_OF_A_MEMORY = ("backend", "stop_gradient")
+
+
+@dataclass(frozen=True)
+class FamConfig:
+    """Geometry of a TransformerFAM (arXiv 2404.09173); the defaults are the paper's.
+
+    Attributes:
+        block_size: B, tokens in a block.
+        memory_segments: M, past blocks whose keys and values each layer keeps.
+        fam_length: N, feedback slots of each layer. 0 turns feedback off: TransformerBSWA.
+        fam_position: rotary position of FAM (B.2.1). `last`: the last N positions of the block
+            that it compresses; `float`: evenly spaced between the last position of that block and
+            the first of the next; `zero`: always 0, the start of the stream.
+        fam_query_position: `same`: a FAM query stands where the FAM key of the same row stands;
+            `block_end`: where the FAM that it produces will stand.
+        first_residual: what is added to the attention of the very first update (B.1): `zero`, as
+            the paper has it, or the `prompt` row itself.
+        feedback_norm: what keeps the feedback loop bounded. `none` (the paper), `rms` (every FAM
+            row is rescaled to a root mean square of 1 after each update), or the largest root mean
+            square that a row may have: one number, or one for each slot.
+        previous_fams: how many past FAMs the block queries see (table 6).
+        attention: which past tokens a token sees, see `transformerfam.masks`.
+        window: tokens seen by `swa`, `xl` and `longformer`; by default memory_segments * block_size.
+        global_positions: positions that see all and are seen by all (`longformer` only). The
+            memory grows to hold everything before the last of them.
+        sink_tokens: the first tokens of the stream that stay visible for ever, just before the
+            window (attention sinks, StreamingLLM). Pretrained models read much better with 4.
+        stop_gradient: no gradient through the keys and values of past blocks (`M1_SG`, figure 3a).
+        backend: how attention is computed: `sdpa`, `eager` or `flex`. Changes no result.
+
+    Raises:
+        ValueError: for a combination that cannot work, with the reason.
+    """
+
+    block_size: int = 1024
+    memory_segments: int = 3
+    fam_length: int = 64
+    fam_position: FamPosition = "last"
+    fam_query_position: FamQueryPosition = "same"
+    first_residual: FirstResidual = "zero"
+    feedback_norm: str | float | tuple[float, ...] = "none"
+    previous_fams: int = 1
+    attention: AttentionPattern = "bswa"
+    window: int | None = None
+    global_positions: tuple[int, ...] = ()
+    sink_tokens: int = 0
+    stop_gradient: bool = False
+    backend: Backend = "sdpa"
+
+    def __post_init__(self) -> None:
+        # Lists come from JSON; a frozen value holds tuples.
+        object.__setattr__(self, "global_positions", tuple(sorted(set(self.global_positions))))
+        if isinstance(self.feedback_norm, (list, tuple)):
+            object.__setattr__(self, "feedback_norm", tuple(float(c) for c in self.feedback_norm))
+        self._check_numbers()
+        self._check_choices()
+        self._check_pattern()
+        self._check_feedback()
+
+    # ---- geometry that follows from the fields
+
+    @property
+    def has_feedback(self) -> bool:
+        """Whether there is a feedback memory at all."""
+        return self.fam_length > 0
+
+    @property
+    def window_length(self) -> int | None:
+        """w, the window of `swa`, `xl` and `longformer` in tokens; None for the other patterns."""
+        if self.attention in ("full", "bswa"):
+            return None
+        return self.memory_segments * self.block_size if self.window is None else self.window
+
+    @property
+    def past_length(self) -> int | None:
+        """P, past tokens (a multiple of B) whose keys and values are kept; None: all of them."""
+        B, w = self.block_size, self.window_length
+        if self.attention == "full":
+            return None
+        if self.attention in ("bswa", "xl"):
+            return self.memory_segments * B
+        assert w is not None
+        for_window = -(-(w - 1) // B) * B
+        for_globals = max(self.global_positions, default=0) // B * B
+        return max(for_window, for_globals)
+
+    @property
+    def anchor_positions(self) -> tuple[int, ...]:
+        """Positions of the stream whose keys and values are kept for ever: sinks or globals."""
+        return self.global_positions or tuple(range(self.sink_tokens))
+
+    @property
+    def slots(self) -> int | None:
+        """Keys that each layer keeps: past, anchors, FAMs and the current block; None: it grows."""
+        if self.past_length is None:
+            return None
+        fams = self.previous_fams * self.fam_length
+        return self.past_length + len(self.anchor_positions) + fams + self.block_size
+
+    def receptive_field(self, layers: int) -> int | None:
+        """Depth times window, in tokens, without feedback (section 2); None: unlimited."""
+        if self.attention == "full":
+            return None
+        window = self.window_length or (self.memory_segments + 1) * self.block_size
+        return layers * window
+
+    # ---- making and comparing
+
+    @classmethod
+    def paper(cls, **changes: Any) -> FamConfig:
+        """The paper's exact setting (tables 4 and section 3.1), with `changes`."""
+        return cls(**changes)
+
+    def replace(self, **changes: Any) -> FamConfig:
+        """A copy with some fields changed, checked anew."""
+        return replace(self, **changes)
+
+    def without_feedback(self) -> FamConfig:
+        """The same windows with the feedback memory off: TransformerBSWA."""
+        return replace(self, fam_length=0, previous_fams=1, feedback_norm="none")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, ready for JSON."""
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> FamConfig:
+        """The inverse of `to_dict`. A key that is not understood is refused, not ignored."""
+        unknown = sorted(set(values) - {f.name for f in fields(cls)})
+        if unknown:
+            raise ValueError(
+                f"This configuration has {', '.join(unknown)}, which this version of "
+                "transformerfam does not know; use a newer version."
+            )
+        return cls(**values)
+
+    def memory_differences(self, other: FamConfig) -> list[str]:
+        """Names of the fields in which a memory made under `other` would not fit this one."""
+        return [
+            f.name
+            for f in fields(self)
+            if f.name not in _NOT_PART_OF_A_MEMORY
+            and getattr(self, f.name) != getattr(other, f.name)
+        ]
+
+    # ---- checks, each with the reason
+
+    def _check_numbers(self) -> None:
+        least = {
+            "block_size": 1,
+            "memory_segments": 0,
+            "fam_length": 0,
+            "previous_fams": 1,
+            "sink_tokens": 0,
+        }
+        for name, smallest in least.items():
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < smallest:
+                raise ValueError(f"{name} must be a whole number of at least {smallest}, not {value!r}.")
+        if any(not isinstance(g, int) or g < 0 for g in self.global_positions):
+            raise ValueError("global_positions are positions in the stream: whole numbers from 0.")
+
+    def _check_choices(self) -> None:
+        choices = {
+            "fam_position": FamPosition,
+            "fam_query_position": FamQueryPosition,
+            "first_residual": FirstResidual,
+            "attention": AttentionPattern,
+            "backend": Backend,
+        }
+        for name, allowed in choices.items():
+            if getattr(self, name) not in get_args(allowed):
+                raise ValueError(
+                    f"{name} must be one of {', '.join(get_args(allowed))}, not {getattr(self, name)!r}."
+                )
+
+    def _check_pattern(self) -> None:
+        w = self.window_length
+        if w is None and self.window is not None:
+            raise ValueError(
+                f"attention={self.attention!r} has no window to set: bswa sees memory_segments whole "
+                "blocks and full sees everything. Leave window out, or use swa, xl or longformer."
+            )
+        if w is not None and w < 1:
+            raise ValueError(
+                f"attention={self.attention!r} needs a window of at least 1 token; set window, or "
+                "memory_segments to 1 or more."
+            )
+        if self.attention == "xl" and w is not None and w > self.memory_segments * self.block_size + 1:
+            raise ValueError(
+                f"The xl window of {w} tokens needs more past than {self.memory_segments} blocks of "
+                f"{self.block_size} always hold; raise memory_segments or lower window."
+            )
+        if (self.attention == "longformer") != bool(self.global_positions):
+            raise ValueError("global_positions belong to attention='longformer', which needs at least one.")
+        if self.sink_tokens and self.attention == "full":
+            raise ValueError("attention='full' sees every token already; sink_tokens must be 0.")
+        if self.sink_tokens and self.global_positions:
+            raise ValueError(
+                "Global positions are kept for ever as sinks are; add the first positions to "
+                "global_positions and set sink_tokens to 0."
+            )
+        if self.sink_tokens > self.block_size:
+            raise ValueError("sink_tokens must fit into the first block: at most block_size.")
+
+    def _check_feedback(self) -> None:
+        norm = self.feedback_norm
+        if isinstance(norm, str):
+            if norm not in ("none", "rms"):
+                raise ValueError("feedback_norm must be 'none', 'rms', or the largest RMS of a row.")
+        elif not (norm if isinstance(norm, tuple) else (norm,)) or any(
+            not c > 0 for c in (norm if isinstance(norm, tuple) else (norm,))
+        ):
+            raise ValueError("feedback_norm as a number is the largest RMS of a row: above 0.")
+        if isinstance(norm, tuple) and len(norm) != self.fam_length:
+            raise ValueError(
+                f"feedback_norm has {len(norm)} numbers for {self.fam_length} feedback slots; "
+                "give one for each, or a single number."
+            )
+        if not self.has_feedback and (self.previous_fams > 1 or norm != "none"):
+            raise ValueError("previous_fams and feedback_norm need a feedback memory; set fam_length.")
+        if self.fam_position == "last" and self.fam_length > self.block_size:
+            raise ValueError(
+                "fam_position='last' gives FAM the last fam_length positions of a block, so "
+                "fam_length can be at most block_size."
+            )

@@ -1,0 +1,91 @@
+"""Which query sees which key (SPEC sections 2 and 3), as predicates of a few lines.
+
+A predicate takes the absolute positions of a query and of a key, whole numbers or tensors of them,
+and says whether the query sees the key. The same predicates make the dense masks, the block masks
+of FlexAttention and the figures. They know nothing of tensors' shapes, heads or batches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from transformerfam.config import FamConfig
+
+Predicate = Callable[[Any, Any], Any]
+
+
+def causal(query: Any, key: Any) -> Any:
+    """Full attention: every token up to the query."""
+    return key <= query
+
+
+def sliding_window(window: int) -> Predicate:
+    """SWA: the last `window` tokens, the query among them."""
+    return lambda query, key: (key <= query) & (query - window < key)
+
+
+def block_sliding_window(block_size: int, memory_segments: int) -> Predicate:
+    """BSWA: the query's own block up to the query, and `memory_segments` whole blocks before it."""
+    return lambda query, key: (
+        (key <= query) & (key // block_size >= query // block_size - memory_segments)
+    )
+
+
+def is_global(positions: Iterable[int], position: Any) -> Any:
+    """Whether a position is one of Longformer's global ones."""
+    found = position < 0
+    for g in positions:
+        found = found | (position == g)
+    return found
+
+
+def token_sees_token(config: FamConfig) -> Predicate:
+    """The pattern of `config.attention` between tokens of the stream."""
+    B, M, w = config.block_size, config.memory_segments, config.window_length
+    if config.attention == "full":
+        return causal
+    if config.attention == "bswa":
+        return block_sliding_window(B, M)
+    assert w is not None
+    swa = sliding_window(w)
+    if config.attention == "swa":
+        return swa
+    if config.attention == "xl":
+        bswa = block_sliding_window(B, M)
+        return lambda query, key: bswa(query, key) & swa(query, key)
+    positions = config.global_positions
+    return lambda query, key: (
+        (key <= query)
+        & (swa(query, key) | is_global(positions, query) | is_global(positions, key))
+    )
+
+
+def token_sees_anchor(config: FamConfig) -> Predicate:
+    """Anchors, the tokens kept for ever, stand in for tokens that are not among the kept past.
+
+    A sink is seen where the window has left its token behind. A global token, which the window
+    never leaves behind, is seen here once its block is no longer kept.
+    """
+    if config.global_positions:
+        B, P = config.block_size, config.past_length or 0
+        return lambda query, anchor: anchor < query // B * B - P
+    window = token_sees_token(config)
+    return lambda query, anchor: (anchor <= query) & (window(query, anchor) ^ True)
+
+
+def token_sees_fam(config: FamConfig) -> Predicate:
+    """A token of block τ sees F_{τ-1} .. F_{τ-k}; `fam_block` is the block that the FAM compressed.
+
+    There is no F_{-1}: in block 0 no token sees a FAM, which keeps every layer causal.
+    """
+    B, k = config.block_size, config.previous_fams
+    return lambda query, fam_block: (
+        (fam_block >= 0) & (fam_block < query // B) & (fam_block >= query // B - k)
+    )
+
+
+def fam_sees_token(config: FamConfig) -> Predicate:
+    """The FAM queries of block τ see all of block τ and nothing else of the text."""
+    B = config.block_size
+    return lambda fam_block, key: key // B == fam_block

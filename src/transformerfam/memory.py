@@ -1,0 +1,261 @@
+"""The state of a batch of streams: what a TransformerFAM carries from block to block.
+
+`Memory` is a transformers `Cache` of fixed size. It holds keys, values and FAM rows, and how far each
+row has read; it knows nothing of text, nor how the tensors in it are computed (`feedback.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache
+
+from transformerfam.config import FamConfig
+
+if TYPE_CHECKING:
+    import os
+
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class LayerMemory:
+    """What one layer keeps. W = P + A + k·N + B slots, in this order:
+
+        [ past (P) | anchors (A) | FAMs, oldest first (k·N) | block being read (B) ]
+
+    Keys are rotated relative to the start of the block being read, so nothing in here depends on how
+    much was read before. Slots that are not filled yet hold zeros and are masked.
+
+    Attributes:
+        keys, values: (R, Hk, W, D) and (R, Hk, W, Dv).
+        anchor_keys: (R, Hk, A, D), the anchors' keys as they came, not rotated.
+        fam: (R, N, d), F of the last finished block.
+    """
+
+    keys: Tensor
+    values: Tensor
+    anchor_keys: Tensor
+    fam: Tensor
+
+    @classmethod
+    def empty(cls, config: FamConfig, key: Tensor, value: Tensor, hidden: Tensor) -> LayerMemory:
+        """A layer that has read nothing, of the shapes and types of its key, value and input."""
+        rows, heads, _, features = key.shape
+        # Full attention starts with no past and grows by whole blocks.
+        slots = config.replace(memory_segments=0, attention="bswa").slots if config.slots is None else config.slots
+        assert slots is not None
+        anchors = len(config.anchor_positions)
+        return cls(
+            keys=key.new_zeros(rows, heads, slots, features),
+            values=value.new_zeros(rows, heads, slots, value.shape[-1]),
+            anchor_keys=key.new_zeros(rows, heads, anchors, features),
+            fam=hidden.new_zeros(rows, config.fam_length, hidden.shape[-1]),
+        )
+
+    def map(self, change: Any) -> LayerMemory:
+        """Every tensor passed through `change`."""
+        return LayerMemory(*(change(getattr(self, f.name)) for f in fields(self)))
+
+
+class Memory(Cache):
+    """The memory of `rows` streams read side by side: fixed in size, however much was read.
+
+    A memory is advanced in place by `model(input_ids, past_key_values=memory)` and by
+    `model.generate(..., past_key_values=memory)`, and only when the whole call has succeeded. The
+    tokens given with it are always *new* ones: it never needs the old text again.
+
+    Attributes:
+        config: the geometry it was made under.
+        position: tokens that each row has consumed, whole numbers of any size.
+        layers_memory: one `LayerMemory` a layer; None before the first token.
+        next_logits: (rows, vocabulary) float32, the model's prediction after the last token. Kept by
+            `transformerfam.read` so that a resumed stream scores its very first token; else None.
+    """
+
+    def __init__(self, config: FamConfig, rows: int = 1, layers: int = 1) -> None:
+        super().__init__(layers=[])
+        if rows < 1 or layers < 1:
+            raise ValueError("A memory needs at least one row and one layer.")
+        self.config = config
+        self.position: tuple[int, ...] = (0,) * rows
+        self.layers_memory: list[LayerMemory | None] = [None] * layers
+        self.next_logits: Tensor | None = None
+
+    @classmethod
+    def for_model(cls, model: PreTrainedModel, rows: int = 1) -> Memory:
+        """An empty memory for `model`, a TransformerFAM."""
+        config = getattr(model, "fam_config", None)
+        if config is None:
+            raise ValueError("This model is not a TransformerFAM; convert it first: convert(model, config).")
+        return cls(config, rows, model.config.get_text_config().num_hidden_layers)
+
+    # ---- looking
+
+    @property
+    def rows(self) -> int:
+        """Streams in this memory."""
+        return len(self.position)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        tensors = [t for _, t in self.tensors()]
+        return sum(t.numel() * t.element_size() for t in tensors)
+
+    def tensors(self) -> Iterable[tuple[str, Tensor]]:
+        """(name, tensor) of everything held, in a fixed order."""
+        for index, layer in enumerate(self.layers_memory):
+            if layer is not None:
+                for f in fields(layer):
+                    yield f"{index}.{f.name}", getattr(layer, f.name)
+        if self.next_logits is not None:
+            yield "next_logits", self.next_logits
+
+    @property
+    def fams(self) -> list[Tensor | None]:
+        """F of each layer, (rows, N, d), after the last finished block of each row."""
+        return [None if layer is None else layer.fam for layer in self.layers_memory]
+
+    @property
+    def past_length(self) -> int:
+        """P, kept past in tokens; grows only under full attention."""
+        if self.config.past_length is not None:
+            return self.config.past_length
+        first = self.layers_memory[0]
+        if first is None:
+            return 0
+        fams = self.config.previous_fams * self.config.fam_length
+        return first.keys.shape[2] - fams - self.config.block_size
+
+    def __repr__(self) -> str:
+        return f"Memory(rows={self.rows}, position={self.position}, nbytes={self.nbytes:,})"
+
+    def __len__(self) -> int:
+        return len(self.layers_memory)
+
+    # ---- changing as a whole
+
+    def advance(
+        self, layers: Sequence[LayerMemory], counts: Sequence[int], next_logits: Tensor | None = None
+    ) -> None:
+        """Take over the state after `counts` more tokens of each row."""
+        self.layers_memory = list(layers)
+        self.position = tuple(p + n for p, n in zip(self.position, counts, strict=True))
+        self.next_logits = next_logits
+
+    def fork(self) -> Memory:
+        """A copy that goes its own way."""
+        return self._mapped(Tensor.clone, self.position)
+
+    def select_rows(self, indices: Sequence[int] | Tensor) -> Memory:
+        """A new memory of the given rows, in that order; a row may come several times."""
+        index = torch.as_tensor(indices, dtype=torch.long)
+        return self._mapped(
+            lambda t: t.index_select(0, index.to(t.device)),
+            tuple(self.position[r] for r in index.tolist()),
+        )
+
+    def to(self, device: torch.device | str) -> Memory:
+        """A copy on another device."""
+        return self._mapped(lambda t: t.to(device, copy=True), self.position)
+
+    def detach(self) -> Memory:
+        """A memory of the same values through which no gradient flows (the tensors are shared)."""
+        return self._mapped(Tensor.detach, self.position)
+
+    def _mapped(self, change: Any, position: tuple[int, ...]) -> Memory:
+        new = Memory(self.config, len(position), len(self.layers_memory))
+        new.position = position
+        new.layers_memory = [None if m is None else m.map(change) for m in self.layers_memory]
+        new.next_logits = None if self.next_logits is None else change(self.next_logits)
+        return new
+
+    def _become(self, other: Memory) -> None:
+        self.position = other.position
+        self.layers_memory = other.layers_memory
+        self.next_logits = other.next_logits
+
+    # ---- files
+
+    def save(self, path: str | os.PathLike[str], model: PreTrainedModel) -> None:
+        """Write to `path`, whole or not at all; see `transformerfam.memory_file`."""
+        from transformerfam.memory_file import save_memory
+
+        save_memory(self, path, model)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], model: PreTrainedModel) -> Memory:
+        """Read a memory that `model` made. Raises MemoryFileError for any other file."""
+        from transformerfam.memory_file import load_memory
+
+        return load_memory(path, model)
+
+    # ---- what transformers asks of a cache
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Always 0: `generate` skips this many of the ids that it is given, and all are new."""
+        return 0
+
+    def get_max_length(self, layer_idx: int | None = None) -> int:
+        """-1: there is no largest length."""
+        return -1
+
+    @property
+    def is_compileable(self) -> bool:
+        """False: `generate` must not treat it as a static cache."""
+        return False
+
+    @property
+    def is_croppable(self) -> bool:
+        """False: what a feedback memory has read it cannot unread."""
+        return False
+
+    @property
+    def is_initialized(self) -> bool:
+        """Whether something was read."""
+        return self.layers_memory[0] is not None
+
+    @property
+    def is_sliding(self) -> list[bool]:
+        """For each layer whether it forgets."""
+        return [self.config.attention != "full"] * len(self.layers_memory)
+
+    @property
+    def batch_size(self) -> int:
+        """Rows, under the name that transformers uses."""
+        return self.rows
+
+    @property
+    def max_batch_size(self) -> int:
+        """Rows, under the name that transformers uses."""
+        return self.rows
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self._become(Memory(self.config, self.rows, len(self.layers_memory)))
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Row r becomes what row beam_idx[r] was (beam search)."""
+        self._become(self.select_rows(beam_idx))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the given rows."""
+        self._become(self.select_rows(indices))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Each row `repeats` times in a row."""
+        self._become(self.select_rows(torch.arange(self.rows).repeat_interleave(repeats)))
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Refused unless there is nothing to remove."""
+        if tokens_to_remove:
+            raise ValueError("A feedback memory cannot unread tokens; keep a memory.fork() to go back to.")
+
+    def update(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Not a key-value list: refused."""
+        raise RuntimeError("A Memory belongs to a TransformerFAM; this model was not converted.")
