@@ -42,7 +42,10 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "Phi-3": ("Phi3", {"partial_rotary_factor": 0.5}),
     "Qwen2": ("Qwen2", {}),
     "Qwen3": ("Qwen3", {}),
-    "Qwen3-MoE": ("Qwen3Moe", {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}),
+    "Qwen3-MoE": (
+        "Qwen3Moe",
+        {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
+    ),
     "SmolLM3": ("SmolLM3", {"num_hidden_layers": 4}),
     "StableLM": ("StableLm", {}),
     "Starcoder 2": ("Starcoder2", {}),
@@ -55,7 +58,9 @@ def config_class(family: str) -> Callable[..., Any]:
     return getattr(transformers, f"{prefix}TextConfig" if prefix == "Gemma3" else f"{prefix}Config")
 
 
-def tiny(family: str = "Llama", dtype: torch.dtype = torch.float64, seed: int = 0, **changes: Any) -> PreTrainedModel:
+def tiny(
+    family: str = "Llama", dtype: torch.dtype = torch.float64, seed: int = 0, **changes: Any
+) -> PreTrainedModel:
     """A model of the family with weights large enough that attention matters."""
     prefix, needs = FAMILIES[family]
     torch.manual_seed(seed)
@@ -70,4 +75,6 @@ def tiny(family: str = "Llama", dtype: torch.dtype = torch.float64, seed: int = 
 
 def some_tokens(rows: int, length: int, seed: int = 0) -> torch.Tensor:
     """(rows, length) random ids without special ones."""
-    return torch.randint(3, VOCABULARY, (rows, length), generator=torch.Generator().manual_seed(seed))
+    return torch.randint(
+        3, VOCABULARY, (rows, length), generator=torch.Generator().manual_seed(seed)
+    )

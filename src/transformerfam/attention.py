@@ -36,11 +36,47 @@ class AttentionStyle:
     sliding_window: int | None = None
 
 
+class AttentionMask:
+    """What queries see, in the form that each backend wants; made once and shared by layers.
+
+    Args:
+        seen: boolean (G or 1, 1, L, K), True where a query sees a key. Every query sees something.
+    """
+
+    def __init__(self, seen: Tensor) -> None:
+        self.seen = seen
+        self._additive: dict[torch.dtype, Tensor] = {}
+        self._blocks: Any = None
+
+    def additive(self, dtype: torch.dtype) -> Tensor:
+        """0 where seen, minus infinity elsewhere."""
+        if dtype not in self._additive:
+            zeros = torch.zeros(self.seen.shape, dtype=dtype, device=self.seen.device)
+            self._additive[dtype] = zeros.masked_fill_(~self.seen, float("-inf"))
+        return self._additive[dtype]
+
+    def blocks(self) -> Any:
+        """The BlockMask of FlexAttention."""
+        if self._blocks is None:
+            from torch.nn.attention.flex_attention import create_block_mask
+
+            seen = self.seen[:, 0]  # (G or 1, L, K)
+            shared = seen.shape[0] == 1
+            self._blocks = create_block_mask(
+                lambda g, h, i, j: seen[0 if shared else g, i, j],
+                None if shared else seen.shape[0],
+                None,
+                *seen.shape[1:],
+                device=seen.device,
+            )
+        return self._blocks
+
+
 def attend(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    mask: Tensor | None,
+    mask: AttentionMask | None,
     style: AttentionStyle,
     backend: Backend,
 ) -> Tensor:
@@ -49,8 +85,7 @@ def attend(
     Args:
         query: (G, H, L, D).
         key, value: (G, Hk, K, D) and (G, Hk, K, Dv), H a multiple of Hk.
-        mask: boolean (G or 1, 1, L, K), True where a query sees a key; None: everywhere. Every
-            query sees at least one key.
+        mask: what each query sees; None: every key.
 
     Returns:
         (G, H, L, Dv)
@@ -63,70 +98,69 @@ def attend(
     return _eager(query, key, value, mask, style)
 
 
-def _eager(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, style: AttentionStyle) -> Tensor:
-    k, v = _share_heads(k, q), _share_heads(v, q)
-    scores = (q @ k.transpose(-1, -2)) * style.scaling  # (G, H, L, K)
+def _eager(
+    q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask | None, style: AttentionStyle
+) -> Tensor:
+    L, K, groups = q.shape[2], k.shape[2], k.shape[1]
+    # Heads that share a key-value head become more queries of it: nothing is repeated.
+    shared = q.unflatten(1, (groups, -1)).flatten(2, 3)  # (G, Hk, H/Hk · L, D)
+    scores = (shared @ k.transpose(-1, -2)).unflatten(
+        2, (-1, L)
+    ) * style.scaling  # (G, Hk, H/Hk, L, K)
     if style.softcap is not None:
         scores = style.softcap * torch.tanh(scores / style.softcap)
     if mask is not None:
-        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+        scores = scores + mask.additive(scores.dtype)[:, None]
     if style.sink_logits is not None:
-        scores = torch.cat([scores, _per_head(style.sink_logits, scores)], dim=-1)
+        logits = style.sink_logits.to(scores.dtype).view(1, groups, -1, 1, 1)
+        scores = torch.cat([scores, logits.expand(len(scores), -1, -1, L, -1)], dim=-1)
     weights = scores.softmax(-1, dtype=torch.promote_types(q.dtype, torch.float32)).to(q.dtype)
-    weights = F.dropout(weights[..., : k.shape[-2]], style.dropout)
-    return weights @ v
+    weights = F.dropout(weights[..., :K], style.dropout)
+    return (weights.flatten(2, 3) @ v).unflatten(2, (-1, L)).flatten(1, 2)
 
 
-def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, style: AttentionStyle) -> Tensor:
+def _sdpa(
+    q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask | None, style: AttentionStyle
+) -> Tensor:
+    bias = None if mask is None else mask.additive(q.dtype)
     if style.sink_logits is not None:
-        # One more key of zeros scores 0, to which the mask adds the learned logit.
-        bias = _per_head(style.sink_logits, q)
-        if mask is None:
-            mask = torch.ones(1, 1, q.shape[-2], k.shape[-2], dtype=torch.bool, device=q.device)
-        seen = torch.zeros(mask.shape, dtype=q.dtype, device=q.device)
-        seen = seen.masked_fill(~mask, float("-inf")).expand(*bias.shape[:3], -1)
-        mask = torch.cat([seen, bias], dim=-1)
+        # One more key of zeros scores 0, to which the bias adds the learned logit.
+        if bias is None:
+            bias = q.new_zeros(1, 1, q.shape[2], k.shape[2])
+        logits = style.sink_logits.to(q.dtype)[None, :, None, None]
+        shape = (len(bias), q.shape[1], q.shape[2])
+        bias = torch.cat([bias.expand(*shape, -1), logits.expand(*shape, 1)], dim=-1)
         k, v = F.pad(k, (0, 0, 0, 1)), F.pad(v, (0, 0, 0, 1))
     return F.scaled_dot_product_attention(
         q,
         k,
         v,
-        attn_mask=mask,
+        attn_mask=bias,
         dropout_p=style.dropout,
         scale=style.scaling,
         enable_gqa=q.shape[1] != k.shape[1],
     )
 
 
-def _flex(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, style: AttentionStyle) -> Tensor:
-    from torch.nn.attention.flex_attention import create_block_mask
+def _flex(
+    q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask | None, style: AttentionStyle
+) -> Tensor:
+    from torch.nn.attention.flex_attention import AuxRequest
 
-    block_mask = None
-    if mask is not None:
-        seen = mask[:, 0]  # (G or 1, L, K)
-        shared = seen.shape[0] == 1
-        block_mask = create_block_mask(
-            lambda g, h, i, j: seen[0 if shared else g, i, j],
-            None if shared else q.shape[0],
-            None,
-            q.shape[-2],
-            k.shape[-2],
-            device=q.device,
-        )
     cap = style.softcap
     score_mod = None if cap is None else (lambda s, g, h, i, j: cap * torch.tanh(s / cap))
-    out, log_sum = _flex_attention(q.device.type)(
+    out, aux = _flex_attention(q.device.type)(
         q,
         k,
         v,
         score_mod=score_mod,
-        block_mask=block_mask,
+        block_mask=None if mask is None else mask.blocks(),
         scale=style.scaling,
         enable_gqa=q.shape[1] != k.shape[1],
-        return_lse=True,
+        return_aux=AuxRequest(lse=True),
     )
     if style.sink_logits is not None:
-        share = torch.sigmoid(log_sum - style.sink_logits[None, :, None])
+        share = torch.sigmoid(aux.lse - style.sink_logits[None, :, None])
         out = out * share[..., None].to(out.dtype)
     return out
 
@@ -137,13 +171,3 @@ def _flex_attention(device: str) -> Callable[..., Any]:
 
     # Without a compiler FlexAttention is the dense definition; that is what a CPU test wants.
     return torch.compile(flex_attention) if device == "cuda" else flex_attention
-
-
-def _share_heads(x: Tensor, query: Tensor) -> Tensor:
-    """(G, Hk, K, D) repeated to the query's H heads (grouped-query attention)."""
-    return x.repeat_interleave(query.shape[1] // x.shape[1], dim=1)
-
-
-def _per_head(logits: Tensor, like: Tensor) -> Tensor:
-    """(H,) as a last column (G, H, L, 1)."""
-    return logits.to(like.dtype)[None, :, None, None].expand(*like.shape[:3], 1)

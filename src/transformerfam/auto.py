@@ -20,6 +20,12 @@ class FamFamilyConfig:
 
     model_type: str
 
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        """A pickle names the family's class, from which ours is made again."""
+        from transformerfam.conversion import blank_config
+
+        return blank_config, (type(self).__bases__[1],), self.__dict__
+
     def to_diff_dict(self) -> dict[str, Any]:
         """What is written to config.json."""
         values = super().to_diff_dict()  # type: ignore[misc]

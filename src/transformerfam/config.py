@@ -175,7 +175,9 @@ class FamConfig:
         for name, smallest in least.items():
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < smallest:
-                raise ValueError(f"{name} must be a whole number of at least {smallest}, not {value!r}.")
+                raise ValueError(
+                    f"{name} must be a whole number of at least {smallest}, not {value!r}."
+                )
         if any(not isinstance(g, int) or g < 0 for g in self.global_positions):
             raise ValueError("global_positions are positions in the stream: whole numbers from 0.")
 
@@ -205,13 +207,16 @@ class FamConfig:
                 f"attention={self.attention!r} needs a window of at least 1 token; set window, or "
                 "memory_segments to 1 or more."
             )
-        if self.attention == "xl" and w is not None and w > self.memory_segments * self.block_size + 1:
+        held = (self.memory_segments + 1) * self.block_size
+        if self.attention == "xl" and w is not None and w > held:
             raise ValueError(
-                f"The xl window of {w} tokens needs more past than {self.memory_segments} blocks of "
-                f"{self.block_size} always hold; raise memory_segments or lower window."
+                f"The xl window of {w} tokens is longer than {self.memory_segments} memory segments "
+                f"and the present block, {held} tokens; raise memory_segments or lower window."
             )
         if (self.attention == "longformer") != bool(self.global_positions):
-            raise ValueError("global_positions belong to attention='longformer', which needs at least one.")
+            raise ValueError(
+                "global_positions belong to attention='longformer', which needs at least one."
+            )
         if self.sink_tokens and self.attention == "full":
             raise ValueError("attention='full' sees every token already; sink_tokens must be 0.")
         if self.sink_tokens and self.global_positions:
@@ -226,7 +231,9 @@ class FamConfig:
         norm = self.feedback_norm
         if isinstance(norm, str):
             if norm not in ("none", "rms"):
-                raise ValueError("feedback_norm must be 'none', 'rms', or the largest RMS of a row.")
+                raise ValueError(
+                    "feedback_norm must be 'none', 'rms', or the largest RMS of a row."
+                )
         elif not (norm if isinstance(norm, tuple) else (norm,)) or any(
             not c > 0 for c in (norm if isinstance(norm, tuple) else (norm,))
         ):
@@ -237,7 +244,9 @@ class FamConfig:
                 "give one for each, or a single number."
             )
         if not self.has_feedback and (self.previous_fams > 1 or norm != "none"):
-            raise ValueError("previous_fams and feedback_norm need a feedback memory; set fam_length.")
+            raise ValueError(
+                "previous_fams and feedback_norm need a feedback memory; set fam_length."
+            )
         if self.fam_position == "last" and self.fam_length > self.block_size:
             raise ValueError(
                 "fam_position='last' gives FAM the last fam_length positions of a block, so "

@@ -56,8 +56,7 @@ def token_sees_token(config: FamConfig) -> Predicate:
         return lambda query, key: bswa(query, key) & swa(query, key)
     positions = config.global_positions
     return lambda query, key: (
-        (key <= query)
-        & (swa(query, key) | is_global(positions, query) | is_global(positions, key))
+        (key <= query) & (swa(query, key) | is_global(positions, query) | is_global(positions, key))
     )
 
 

@@ -6,8 +6,8 @@ row has read; it knows nothing of text, nor how the tensors in it are computed (
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,6 +23,36 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
+class KeyValue:
+    """Keys (R, Hk, L, D) and values (R, Hk, L, Dv) of the same L tokens or slots."""
+
+    keys: Tensor
+    values: Tensor
+
+    @staticmethod
+    def cat(parts: Sequence[KeyValue]) -> KeyValue:
+        """One after the other along L."""
+        return KeyValue(
+            torch.cat([p.keys for p in parts], 2), torch.cat([p.values for p in parts], 2)
+        )
+
+    def cut(self, start: int, end: int | None) -> KeyValue:
+        """Slots from `start` up to `end`."""
+        return KeyValue(self.keys[:, :, start:end], self.values[:, :, start:end])
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> KeyValue:
+        """Both passed through `change`."""
+        return KeyValue(change(self.keys), change(self.values))
+
+    def zip(self, other: KeyValue, join: Callable[[Tensor, Tensor], Tensor]) -> KeyValue:
+        """Keys joined with keys, values with values."""
+        return KeyValue(join(self.keys, other.keys), join(self.values, other.values))
+
+
+LAYER_TENSORS = ("keys", "values", "anchor_keys", "fam")
+
+
+@dataclass(frozen=True)
 class LayerMemory:
     """What one layer keeps. W = P + A + k·N + B slots, in this order:
 
@@ -35,19 +65,26 @@ class LayerMemory:
         keys, values: (R, Hk, W, D) and (R, Hk, W, Dv).
         anchor_keys: (R, Hk, A, D), the anchors' keys as they came, not rotated.
         fam: (R, N, d), F of the last finished block.
+        owned: keys and values belong to this object alone, and no gradient needs them: free slots
+            may be filled in place.
     """
 
     keys: Tensor
     values: Tensor
     anchor_keys: Tensor
     fam: Tensor
+    owned: bool = False
 
     @classmethod
     def empty(cls, config: FamConfig, key: Tensor, value: Tensor, hidden: Tensor) -> LayerMemory:
         """A layer that has read nothing, of the shapes and types of its key, value and input."""
         rows, heads, _, features = key.shape
         # Full attention starts with no past and grows by whole blocks.
-        slots = config.replace(memory_segments=0, attention="bswa").slots if config.slots is None else config.slots
+        slots = (
+            config.replace(memory_segments=0, attention="bswa").slots
+            if config.slots is None
+            else config.slots
+        )
         assert slots is not None
         anchors = len(config.anchor_positions)
         return cls(
@@ -55,11 +92,39 @@ class LayerMemory:
             values=value.new_zeros(rows, heads, slots, value.shape[-1]),
             anchor_keys=key.new_zeros(rows, heads, anchors, features),
             fam=hidden.new_zeros(rows, config.fam_length, hidden.shape[-1]),
+            owned=not torch.is_grad_enabled(),
         )
 
-    def map(self, change: Any) -> LayerMemory:
+    def named_tensors(self) -> list[tuple[str, Tensor]]:
+        """(name, tensor), in a fixed order."""
+        return [(name, getattr(self, name)) for name in LAYER_TENSORS]
+
+    def fit(self, key: Tensor, value: Tensor, hidden: Tensor) -> LayerMemory:
+        """This memory, ready for more tokens with such keys, values and layer inputs.
+
+        Raises:
+            ValueError: if they are of another shape or type.
+        """
+        for kept, new in ((self.keys, key), (self.values, value), (self.fam, hidden)):
+            same_shape = kept.shape[:-2] == new.shape[:-2] and kept.shape[-1] == new.shape[-1]
+            if not same_shape or kept.dtype != new.dtype or kept.device != new.device:
+                raise ValueError(
+                    "The memory was made by a model of another shape, type or device: it holds "
+                    f"{kept.dtype} {tuple(kept.shape)} on {kept.device}, and the model brings "
+                    f"{new.dtype} {tuple(new.shape)} on {new.device}."
+                )
+        if self.keys.is_inference() and not torch.is_inference_mode_enabled():
+            return self.map(Tensor.clone)
+        return self
+
+    @property
+    def tokens(self) -> KeyValue:
+        """Keys and values, all W slots."""
+        return KeyValue(self.keys, self.values)
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> LayerMemory:
         """Every tensor passed through `change`."""
-        return LayerMemory(*(change(getattr(self, f.name)) for f in fields(self)))
+        return LayerMemory(*(change(tensor) for _, tensor in self.named_tensors()))
 
 
 class Memory(Cache):
@@ -91,7 +156,9 @@ class Memory(Cache):
         """An empty memory for `model`, a TransformerFAM."""
         config = getattr(model, "fam_config", None)
         if config is None:
-            raise ValueError("This model is not a TransformerFAM; convert it first: convert(model, config).")
+            raise ValueError(
+                "This model is not a TransformerFAM; convert it first: convert(model, config)."
+            )
         return cls(config, rows, model.config.get_text_config().num_hidden_layers)
 
     # ---- looking
@@ -111,8 +178,8 @@ class Memory(Cache):
         """(name, tensor) of everything held, in a fixed order."""
         for index, layer in enumerate(self.layers_memory):
             if layer is not None:
-                for f in fields(layer):
-                    yield f"{index}.{f.name}", getattr(layer, f.name)
+                for name, tensor in layer.named_tensors():
+                    yield f"{index}.{name}", tensor
         if self.next_logits is not None:
             yield "next_logits", self.next_logits
 
@@ -141,7 +208,10 @@ class Memory(Cache):
     # ---- changing as a whole
 
     def advance(
-        self, layers: Sequence[LayerMemory], counts: Sequence[int], next_logits: Tensor | None = None
+        self,
+        layers: Sequence[LayerMemory],
+        counts: Sequence[int],
+        next_logits: Tensor | None = None,
     ) -> None:
         """Take over the state after `counts` more tokens of each row."""
         self.layers_memory = list(layers)
@@ -168,7 +238,7 @@ class Memory(Cache):
         """A memory of the same values through which no gradient flows (the tensors are shared)."""
         return self._mapped(Tensor.detach, self.position)
 
-    def _mapped(self, change: Any, position: tuple[int, ...]) -> Memory:
+    def _mapped(self, change: Callable[[Tensor], Tensor], position: tuple[int, ...]) -> Memory:
         new = Memory(self.config, len(position), len(self.layers_memory))
         new.position = position
         new.layers_memory = [None if m is None else m.map(change) for m in self.layers_memory]
@@ -254,7 +324,9 @@ class Memory(Cache):
     def crop(self, tokens_to_remove: int) -> None:
         """Refused unless there is nothing to remove."""
         if tokens_to_remove:
-            raise ValueError("A feedback memory cannot unread tokens; keep a memory.fork() to go back to.")
+            raise ValueError(
+                "A feedback memory cannot unread tokens; keep a memory.fork() to go back to."
+            )
 
     def update(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Not a key-value list: refused."""

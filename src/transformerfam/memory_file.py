@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from transformerfam.config import FamConfig
-from transformerfam.memory import LayerMemory, Memory
+from transformerfam.memory import LAYER_TENSORS, LayerMemory, Memory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -28,7 +29,8 @@ if TYPE_CHECKING:
 FORMAT = "transformerfam memory"
 VERSION = 1
 _FINGERPRINT_SAMPLES = 64
-_LAYER_FIELDS = ("keys", "values", "anchor_keys", "fam")
+# Names of the configuration's entries that change what a model computes.
+_COMPUTES = re.compile(r"eps|rope|scal|multiplier|softcap|window|layer_types|_act|experts|norm")
 
 
 class MemoryFileError(ValueError):
@@ -36,18 +38,26 @@ class MemoryFileError(ValueError):
 
 
 def fingerprint(model: PreTrainedModel) -> str:
-    """A short name of a model's weights: names, shapes, types and a sample of every parameter.
+    """A short name of what a model computes: its weights, and the settings beside them.
 
-    Samples `_FINGERPRINT_SAMPLES` values spread over each parameter, so it takes milliseconds and
-    changes with any training step, quantisation or adapter.
+    Takes names, shapes, types and `_FINGERPRINT_SAMPLES` values spread over each parameter and
+    buffer, the numbers of its configuration that enter the computation, and which adapters are
+    active. So it takes milliseconds, and changes with any training step, quantisation or adapter.
     """
+    model = model.get_base_model() if hasattr(model, "get_base_model") else model
     digest = hashlib.sha256()
-    for name, parameter in sorted(model.named_parameters()):
-        flat = parameter.detach().flatten()
+    for name, tensor in sorted([*model.named_parameters(), *model.named_buffers()]):
+        flat = tensor.detach().flatten()
         step = max(1, flat.numel() // _FINGERPRINT_SAMPLES)
         sample = flat[::step].to("cpu", torch.float64)
-        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         digest.update(sample.numpy().tobytes())
+    values = model.config.to_dict()
+    settings = {key: values[key] for key in sorted(values) if _COMPUTES.search(key)}
+    digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
+    for name, module in model.named_modules():
+        if hasattr(module, "disable_adapters"):
+            digest.update(f"{name} {module.active_adapters} {module.disable_adapters}".encode())
     return digest.hexdigest()
 
 
@@ -55,8 +65,14 @@ def save_memory(memory: Memory, path: str | os.PathLike[str], model: PreTrainedM
     """Write `memory`, which `model` made, to `path`: beside it first, then renamed.
 
     Raises:
-        MemoryFileError: if the file cannot be written; what was there before stays.
+        MemoryFileError: if the file cannot be written, or the model did not make the memory; what
+            was there before stays.
     """
+    differences = _geometry(model).memory_differences(memory.config)
+    if differences:
+        raise MemoryFileError(
+            f"Only the model that made a memory can save it; this one has another {differences[0]}."
+        )
     target = Path(path)
     tensors = {name: t.detach().cpu().contiguous() for name, t in memory.tensors()}
     header = {
@@ -68,20 +84,42 @@ def save_memory(memory: Memory, path: str | os.PathLike[str], model: PreTrainedM
         "model": fingerprint(model),
     }
     header["checksum"] = _checksum(header, tensors)
-    temporary = None
     try:
-        handle, temporary = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
-        os.close(handle)
-        # safetensors refuses tensors that share storage; a fresh stream of one row may alias none.
+        _write_whole(target, tensors, header)
+    # safetensors reports a full disk as an error of its own; a path may hold a zero byte.
+    except (OSError, SafetensorError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise MemoryFileError(f"Cannot write the memory to {target}: {reason}.") from None
+
+
+def _write_whole(target: Path, tensors: dict[str, Tensor], header: dict[str, str]) -> None:
+    """Write beside the target, then rename; a link is followed, not replaced."""
+    target = Path(os.path.realpath(target))
+    handle, temporary = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
+    os.close(handle)
+    try:
+        # safetensors refuses tensors that share storage.
         save_file({name: t.clone() for name, t in tensors.items()}, temporary, metadata=header)
         with open(temporary, "rb") as written:
             os.fsync(written.fileno())
+        os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, target)
-    except OSError as error:
-        raise MemoryFileError(f"Cannot write the memory to {target}: {error.strerror or error}.") from None
     finally:
-        if temporary is not None and os.path.exists(temporary):
+        if os.path.exists(temporary):
             os.unlink(temporary)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _geometry(model: object) -> FamConfig:
+    config = getattr(model, "fam_config", None)
+    if not isinstance(config, FamConfig):
+        raise MemoryFileError("A memory belongs to a TransformerFAM; convert the model first.")
+    return config
 
 
 def load_memory(path: str | os.PathLike[str], model: PreTrainedModel) -> Memory:
@@ -91,6 +129,7 @@ def load_memory(path: str | os.PathLike[str], model: PreTrainedModel) -> Memory:
         MemoryFileError: if there is no such file, if it is damaged, or if it was made by other
             weights, another geometry or another version.
     """
+    geometry = _geometry(model)
     header, tensors = _read(Path(path))
     if header.get("format") != FORMAT:
         raise MemoryFileError(f"{path} is not a memory saved by transformerfam.")
@@ -102,12 +141,12 @@ def load_memory(path: str | os.PathLike[str], model: PreTrainedModel) -> Memory:
     if header.get("checksum") != _checksum(header, tensors):
         raise _damaged(path)
     config = _config_of(header, path)
-    differences = model.fam_config.memory_differences(config)
+    differences = geometry.memory_differences(config)
     if differences:
         name = differences[0]
         raise MemoryFileError(
             f"{path} was made with {name}={getattr(config, name)!r}, and the model has "
-            f"{name}={getattr(model.fam_config, name)!r}; load the model with the same geometry."
+            f"{name}={getattr(geometry, name)!r}; load the model with the same geometry."
         )
     if header["model"] != fingerprint(model):
         raise MemoryFileError(
@@ -125,14 +164,26 @@ def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
     except FileNotFoundError:
         raise MemoryFileError(f"There is no memory file {path}.") from None
     except OSError as error:
-        raise MemoryFileError(f"Cannot read the memory file {path}: {error.strerror or error}.") from None
+        raise MemoryFileError(
+            f"Cannot read the memory file {path}: {error.strerror or error}."
+        ) from None
     # A damaged header can surface from safetensors and torch as any of these.
-    except (SafetensorError, ValueError, RuntimeError, TypeError, KeyError, MemoryError, OverflowError):
+    except (
+        SafetensorError,
+        ValueError,
+        RuntimeError,
+        TypeError,
+        KeyError,
+        MemoryError,
+        OverflowError,
+    ):
         raise _damaged(path) from None
 
 
 def _damaged(path: str | os.PathLike[str]) -> MemoryFileError:
-    return MemoryFileError(f"{path} is damaged or incomplete; read the text again to make a new memory.")
+    return MemoryFileError(
+        f"{path} is damaged or incomplete; read the text again to make a new memory."
+    )
 
 
 def _checksum(header: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:
@@ -163,7 +214,7 @@ def _assemble(
     next_logits = on_device.pop("next_logits", None)
     if on_device:
         layers = [
-            LayerMemory(*(on_device[f"{index}.{field}"] for field in _LAYER_FIELDS))
+            LayerMemory(*(on_device[f"{index}.{field}"] for field in LAYER_TENSORS))
             for index in range(len(memory.layers_memory))
         ]
         memory.advance(layers, position, next_logits)

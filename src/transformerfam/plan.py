@@ -147,6 +147,17 @@ class CallPlan:
         taken = torch.zeros(len(places), size + 1, dtype=torch.bool).scatter_(1, places, True)
         return columns[:, :size], taken[:, :size]
 
+    @cached_property
+    def anchor_columns(self) -> tuple[Tensor, Tensor]:
+        """(R or 1, A) column of each anchor in this call, and whether it is there."""
+        B = self.config.block_size
+        starts = torch.tensor(self.first_blocks[: 1 if self.alike else None])[:, None] * B
+        positions = (starts + self.slots)[:, None]  # (R or 1, 1, T)
+        wanted = torch.tensor(self.config.anchor_positions)[None, :, None]
+        real = (self.slots < self.blocks * B)[:, None]
+        hit = (positions == wanted) & real  # (R or 1, A, T)
+        return hit.int().argmax(-1), hit.any(-1)
+
     # ---- keys of one block: [past | anchors | fams | own block]
 
     @cached_property
@@ -179,9 +190,9 @@ class CallPlan:
         if len(set(ages)) == 1:
             ages = ages[:1]
         rows = 1 if self.alike else self.rows
-        places, taken = self._grid_slots
+        slots, taken = (grid.expand(rows, -1, -1) for grid in self._grid_slots)
         seen = [
-            self._block_mask(places[r], taken[r], self.first_blocks[r], j, sliding_window)
+            self._block_mask(slots[r, j], taken[r, j], self.first_blocks[r], j, sliding_window)
             for r in range(rows)
             for j in range(len(ages) if rows == 1 else self.blocks)
         ]
@@ -214,9 +225,9 @@ class CallPlan:
         """(L, keys) for one block of one row."""
         config, B = self.config, self.config.block_size
         start = (first_block + j) * B
-        query = (first_block * B + slots[j])[:, None]
+        query = (first_block * B + slots)[:, None]
         # Where a place of the grid has no token any mask will do, as long as it lets something in.
-        anyone = ~taken[j][:, None]
+        anyone = ~taken[:, None]
 
         window = masks.token_sees_token(config)
         past = start - self.past_used + torch.arange(self.past_used)

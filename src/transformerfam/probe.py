@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from transformerfam.attention import AttentionStyle
-from transformerfam.feedback import AttentionPass, Reenter
+from transformerfam.call import AttentionPass
 from transformerfam.rotary import Rotary, rotate
 
 if TYPE_CHECKING:
@@ -27,22 +27,25 @@ class UnsupportedModelError(ValueError):
 
 
 class Probe:
-    """Stands in for a `feedback.Call`: records inputs and keys of every layer.
+    """Stands in for a `Call`: records inputs and keys of every layer.
 
     Attributes:
         inputs: layer -> (1, T, d), what entered the layer.
         keys: layer -> (1, Hk, T, D), what it brought to attention.
+        calls: layer -> how often it called attention.
     """
 
     def __init__(self) -> None:
         self.inputs: dict[int, Tensor] = {}
         self.keys: dict[int, Tensor] = {}
+        self.calls: dict[int, int] = {}
 
-    def enter(self, layer: int, hidden: Tensor, reenter: Reenter) -> AttentionPass:
-        """The pass of one layer."""
+    def enter(self, layer: int, hidden: Tensor) -> AttentionPass:
+        """The pass of one layer, whose input is `hidden`."""
         self.inputs[layer] = hidden
 
         def record(query: Tensor, key: Tensor, value: Tensor, style: AttentionStyle) -> Tensor:
+            self.calls[layer] = self.calls.get(layer, 0) + 1
             self.keys[layer] = key
             rows, heads, length, _ = query.shape
             return query.new_zeros(rows, length, heads, value.shape[-1])
@@ -59,7 +62,9 @@ def run_probe(decoder: PreTrainedModel, tokens: Tensor, positions: Tensor) -> Pr
     try:
         device = decoder.get_input_embeddings().weight.device
         decoder.plain_forward(  # type: ignore[operator]  # FamDecoder's own
-            input_ids=tokens[None].to(device), position_ids=positions[None].to(device), fam_call=probe
+            input_ids=tokens[None].to(device),
+            position_ids=positions[None].to(device),
+            fam_call=probe,
         )
     finally:
         decoder.train(training)
@@ -88,16 +93,22 @@ def find_rotaries(decoder: PreTrainedModel, layers: int) -> tuple[Rotary, ...]:
     positions = torch.tensor(_POSITIONS)
     still = run_probe(decoder, tokens, torch.zeros_like(positions))
     moved = run_probe(decoder, tokens, positions)
-    missing = [layer for layer in range(layers) if layer not in still.keys]
-    if missing:
+    strange = [layer for layer in range(layers) if still.calls.get(layer) != 1]
+    if strange:
         raise UnsupportedModelError(
-            f"Layer {missing[0]} of this {name} model has no attention that transformers lets us "
-            "replace (a state space, linear attention, or an own attention function)."
+            f"Layer {strange[0]} of this {name} model does not have one attention that transformers "
+            "lets us replace (but a state space, linear attention, or an attention of its own)."
         )
     candidates = [Rotary(None)]
     candidates += [Rotary(t, interleaved) for t in tables for interleaved in (False, True)]
     return tuple(
-        _explain(candidates, still.keys[layer], moved.keys[layer], positions, f"layer {layer} of this {name} model")
+        _explain(
+            candidates,
+            still.keys[layer],
+            moved.keys[layer],
+            positions,
+            f"layer {layer} of this {name} model",
+        )
         for layer in range(layers)
     )
 
@@ -117,5 +128,7 @@ def _explain(
     best = min(candidates, key=error)
     # Half precision rounds keys to three digits; a wrong layout is off by tens of percent.
     if not error(best) < 0.03:
-        raise UnsupportedModelError(f"The positions of {where} are not rotary in a way that is understood.")
+        raise UnsupportedModelError(
+            f"The positions of {where} are not rotary in a way that is understood."
+        )
     return best

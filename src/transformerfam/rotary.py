@@ -40,7 +40,9 @@ class Rotary:
             angles = torch.cat([angles, angles], dim=-1)  # (..., L, 2n)
         dtype = torch.promote_types(like.dtype, torch.float32)
         return Tables(
-            angles.cos().to(like.device, dtype), angles.sin().to(like.device, dtype), self.interleaved
+            angles.cos().to(like.device, dtype),
+            angles.sin().to(like.device, dtype),
+            self.interleaved,
         )
 
 

@@ -1,0 +1,243 @@
+"""Block attention of one layer over the new tokens of a call, all blocks at once (sections 2, 3).
+
+A `TokenPass` stands in a layer's attention mask. It places the new keys in their blocks, has the
+feedback recurrence run over the blocks that are complete, lets all queries attend, and leaves the
+layer's next memory with the `Call`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from transformerfam.attention import AttentionMask, AttentionStyle, attend
+from transformerfam.call import Call, Reenter
+from transformerfam.feedback import Recurrence
+from transformerfam.indexing import columns_of, place, sliding, stop_gradient, unsqueeze
+from transformerfam.memory import KeyValue, LayerMemory
+from transformerfam.rotary import Tables, rotate
+
+
+class TokenPass:
+    """One layer over the new tokens of a call: (R, H, T, D) queries to (R, T, H, Dv).
+
+    Keys keep the layout of `LayerMemory`: [ past (P) | anchors (A) | FAMs (k·N) | block (B) ].
+    """
+
+    def __init__(self, call: Call, layer: int, hidden: Tensor, reenter: Reenter) -> None:
+        self.call = call
+        self.layer = layer
+        self.hidden = hidden
+        self.reenter = reenter
+        self.config = call.config
+        self.plan = call.plan
+        self.anchors = len(self.config.anchor_positions)
+        self.fam_slots = self.config.previous_fams * self.config.fam_length
+
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor, style: AttentionStyle) -> Tensor:
+        plan, new = self.plan, KeyValue(key, value)
+        before = self.call.before[self.layer]
+        if before is None:
+            before = LayerMemory.empty(self.config, key, value, self.hidden)
+        before = before.fit(key, value, self.hidden)
+        anchors = self._gather_anchors(before, new)
+        tokens = self._tables("tokens", lambda: plan.slots, query)
+        query, new = rotate(query, tokens), KeyValue(rotate(key, tokens), value)
+        within_block = plan.blocks == 1 and not any(plan.finished)
+        read = self._within_block if within_block else self._over_blocks
+        seen, after = read(before, new, anchors)
+        if self.call.keep:
+            self.call.after[self.layer] = after
+        return self._attend(query, seen, style)
+
+    # ---- no block is completed: the memory only fills up, and is itself what the queries see
+
+    def _within_block(
+        self, before: LayerMemory, new: KeyValue, anchors: KeyValue
+    ) -> tuple[KeyValue, LayerMemory]:
+        plan, P, A = self.plan, self.plan.past_length, self.anchors
+        block = before.keys.shape[2] - self.config.block_size
+        # Slots past the end of what was read are free: until the memory advances nobody looks at
+        # them, so writing there in place loses nothing if the call fails.
+        in_place = before.owned and not torch.is_grad_enabled()
+        kept = before.tokens.zip(new, lambda old, fresh: self._fill(old, fresh, block, in_place))
+        if anchors.keys is not before.anchor_keys:
+            values = torch.cat(
+                [kept.values[:, :, :P], anchors.values, kept.values[:, :, P + A :]], dim=2
+            )
+            kept = KeyValue(self._with_anchors(kept.keys, anchors.keys, moved=False), values)
+        after = self._after(kept, anchors, before.fam)
+        seen = kept.cut(P - plan.past_used, block + plan.own_used)
+        if self.config.stop_gradient:
+            seen = seen.map(lambda x: stop_gradient(x, plan.past_used + A))
+        return seen, after
+
+    def _fill(self, kept: Tensor, new: Tensor, block: int, in_place: bool) -> Tensor:
+        """`kept` with the new tokens in the slots of the block being read."""
+        if self.plan.aligned:
+            start = block + self.plan.offsets[0]
+            if in_place:
+                kept[:, :, start : start + new.shape[2]] = new
+                return kept
+            return torch.cat([kept[:, :, :start], new, kept[:, :, start + new.shape[2] :]], dim=2)
+        # One slot more takes the padding.
+        slots = self.call.index("block slots", lambda: block + self.plan.slots, new)
+        return place(pad(kept, (0, 0, 0, 1)), slots, new)[:, :, :-1]
+
+    # ---- blocks are completed: advance FAM, and cut what the queries of each block see
+
+    def _over_blocks(
+        self, before: LayerMemory, new: KeyValue, anchors: KeyValue
+    ) -> tuple[KeyValue, LayerMemory]:
+        P, A, kN = self.plan.past_length, self.anchors, self.fam_slots
+        past, fams = before.tokens.cut(0, P), before.tokens.cut(P + A, P + A + kN)
+        grid = before.tokens.cut(P + A + kN, None).zip(new, self._grid)
+        fam = before.fam
+        if self.config.has_feedback:
+            recurrence = Recurrence(self.call, self.layer, self.reenter, grid)
+            fam, made = recurrence.run(fam)
+            fams = KeyValue.cat([fams, *made])
+        # Under full attention the past grows within the call: room for it on the left.
+        past = past.map(lambda x: pad(x, (0, 0, self.plan.past_window - P, 0)))
+        tokens = KeyValue.cat([past, grid])  # (R, Hk, past window + nb·B, D)
+        seen = self._windows(tokens, fams, anchors)
+        after = self._carry(tokens, fams, anchors, fam) if self.call.keep else before
+        return seen, after
+
+    def _grid(self, block: Tensor, new: Tensor) -> Tensor:
+        """(R, H, nb·B, D): the block being read and the new tokens, each in its slot."""
+        plan, size = self.plan, self.plan.blocks * self.config.block_size
+        if plan.whole_blocks:
+            return new
+        if plan.aligned:
+            grid = torch.cat([block[:, :, : plan.offsets[0]], new], dim=2)
+            return pad(grid, (0, 0, 0, size - grid.shape[2]))
+        # One slot more takes the padding.
+        grid = pad(block, (0, 0, 0, size + 1 - block.shape[2]))
+        slots = self.call.index("slots", lambda: plan.slots, new)
+        return place(grid, slots, new)[:, :, :-1]
+
+    def _windows(self, tokens: KeyValue, fams: KeyValue, anchors: KeyValue) -> KeyValue:
+        """(R·nb, Hk, keys, D): for each block [past | anchors | fams | own block]."""
+        nb = self.plan.blocks
+        places = partial(self.call.anchor_positions_of_blocks, nb)
+        tables = unsqueeze(
+            self.call.tables(self.layer, "anchors of blocks", places, tokens.keys), 2
+        )
+        each = anchors.map(lambda x: x[:, None].expand(-1, nb, -1, -1, -1))
+        each = KeyValue(rotate(each.keys, tables), each.values)
+        return KeyValue(
+            self._window(tokens.keys, fams.keys, each.keys),
+            self._window(tokens.values, fams.values, each.values),
+        )
+
+    def _window(self, tokens: Tensor, fams: Tensor, anchors: Tensor) -> Tensor:
+        plan, B = self.plan, self.config.block_size
+        past = sliding(
+            tokens[:, :, plan.past_window - plan.past_used :], plan.past_used, B, plan.blocks
+        )
+        if self.config.stop_gradient:
+            past, anchors = past.detach(), anchors.detach()
+        own = tokens[:, :, plan.past_window :].unflatten(2, (plan.blocks, B)).transpose(1, 2)
+        seen_fams = sliding(fams, self.fam_slots, self.config.fam_length, plan.blocks)
+        parts = [past, anchors, seen_fams, own[:, :, :, : plan.own_used]]
+        return torch.cat([p for p in parts if p.shape[3]], dim=3).flatten(0, 1)
+
+    # ---- attention
+
+    def _attend(self, query: Tensor, seen: KeyValue, style: AttentionStyle) -> Tensor:
+        """Queries (R, H, T, D) against each block's keys; back to (R, T, H, Dv)."""
+        plan, nb, L = self.plan, self.plan.blocks, self.plan.queries
+        window = style.sliding_window
+        mask = self.call.once(
+            f"mask {window}", lambda: AttentionMask(plan.visible(window).to(query.device))
+        )
+        in_place = plan.whole_blocks or (nb == 1 and plan.valid is None)
+        if not in_place:
+            columns = self.call.index("query columns", lambda: plan.query_columns[0], query)
+            query = columns_of(query, columns)
+        grid = query.unflatten(2, (nb, L)).transpose(1, 2).flatten(0, 1)  # (R·nb, H, L, D)
+        out = attend(grid, seen.keys, seen.values, mask, style, self.config.backend)
+        out = out.unflatten(0, (-1, nb)).transpose(2, 3).flatten(1, 2)  # (R, nb·L, H, Dv)
+        if in_place:
+            return out
+        places = self.call.index("query places", lambda: plan.query_places, query)
+        real = (places < nb * L)[..., None, None]
+        places = places.clamp(max=nb * L - 1)[..., None, None].expand(len(out), -1, *out.shape[2:])
+        return out.gather(1, places) * real
+
+    # ---- anchors, the tokens kept for ever
+
+    def _gather_anchors(self, before: LayerMemory, new: KeyValue) -> KeyValue:
+        """Anchor keys (unrotated) and values, with those that this call brings."""
+        P = self.plan.past_length
+        kept = KeyValue(before.anchor_keys, before.values[:, :, P : P + self.anchors])
+        if not self.anchors or min(self.plan.starts) > max(self.config.anchor_positions):
+            return kept
+        columns = self.call.index("anchor columns", lambda: self.plan.anchor_columns[0], new.keys)
+        here = self.call.index("anchors here", lambda: self.plan.anchor_columns[1], new.keys)
+        here = here[:, None, :, None]
+        return kept.zip(new, lambda old, fresh: torch.where(here, columns_of(fresh, columns), old))
+
+    def _with_anchors(self, keys: Tensor, anchor_keys: Tensor, moved: bool) -> Tensor:
+        """`keys` of a memory with the anchors where the block being read sees them.
+
+        `moved`: that block is the one after the call, not the first of the call.
+        """
+        if not self.anchors:
+            return keys
+        tables = self._tables(f"anchors {moved}", lambda: self._anchor_places(moved), keys)
+        P = keys.shape[2] - self.anchors - self.fam_slots - self.config.block_size
+        return torch.cat(
+            [keys[:, :, :P], rotate(anchor_keys, tables), keys[:, :, P + self.anchors :]], dim=2
+        )
+
+    def _anchor_places(self, moved: bool) -> Tensor:
+        places = self.call.anchor_positions(0)
+        # Sinks move along with the window; global tokens stay behind.
+        return (
+            places + self.call.frame_shift() if moved and self.config.global_positions else places
+        )
+
+    # ---- the memory after the call
+
+    def _carry(
+        self, tokens: KeyValue, fams: KeyValue, anchors: KeyValue, fam: Tensor
+    ) -> LayerMemory:
+        """The state at the end of the call, relative to each row's new current block."""
+        moved = self._tables("moved", self.call.frame_shift, tokens.keys)
+        keys = rotate(self._kept(tokens.keys, fams.keys, anchors.keys), moved)
+        keys = self._with_anchors(keys, anchors.keys, moved=True)
+        values = self._kept(tokens.values, fams.values, anchors.values)
+        return self._after(KeyValue(keys, values), anchors, fam)
+
+    def _after(self, tokens: KeyValue, anchors: KeyValue, fam: Tensor) -> LayerMemory:
+        owned = not torch.is_grad_enabled()
+        return LayerMemory(tokens.keys, tokens.values, anchors.keys, fam, owned)
+
+    def _kept(self, tokens: Tensor, fams: Tensor, anchors: Tensor) -> Tensor:
+        """(R, Hk, W', D): the new [past | anchors | fams | block], not moved yet."""
+        plan, B = self.plan, self.config.block_size
+        grown = max(plan.finished) * B if self.config.past_length is None else 0
+        past = plan.past_length + grown
+        # Zeros on the right for a block that is not begun.
+        tokens = self._cut(pad(tokens, (0, 0, 0, B)), plan.past_window - past, B, past + B)
+        fams = self._cut(fams, 0, self.config.fam_length, self.fam_slots)
+        return torch.cat([tokens[:, :, :past], anchors, fams, tokens[:, :, past:]], dim=2)
+
+    def _cut(self, x: Tensor, start: int, step: int, length: int) -> Tensor:
+        """(R, Hk, length, D) of x from `start`, and `step` further per block that a row finished."""
+        finished = self.plan.finished
+        if len(set(finished)) == 1:
+            start += finished[0] * step
+            return x[:, :, start : start + length]
+        starts = start + torch.tensor(finished, device=x.device)[:, None] * step
+        return columns_of(x, starts + torch.arange(length, device=x.device))
+
+    def _tables(self, name: str, positions: Callable[[], Tensor], like: Tensor) -> Tables | None:
+        """cos and sin that broadcast over heads: (R or 1, 1, L, 2n)."""
+        return unsqueeze(self.call.tables(self.layer, name, positions, like), 1)

@@ -1,0 +1,129 @@
+"""One call of a TransformerFAM's decoder: what its layers share and leave behind.
+
+Nothing is kept on modules: a `Memory`'s layers go in, new ones come out, and the memory moves on only
+when all layers have run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from transformerfam.attention import AttentionStyle
+from transformerfam.config import FamConfig
+from transformerfam.memory import LayerMemory, Memory
+from transformerfam.plan import CallPlan
+from transformerfam.rotary import Rotary, Tables
+
+# Sends rows (R', N, d) through a layer with the given pass in place of the attention mask.
+Reenter = Callable[[Tensor, "AttentionPass"], Tensor]
+
+
+class AttentionPass(Protocol):
+    """What stands in a layer's attention mask: it answers the layer's call to attention."""
+
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor, style: AttentionStyle) -> Tensor:
+        """(R, H, L, D) queries and (R, Hk, L, D) keys, unrotated -> (R, L, H, Dv)."""
+
+
+class Call:
+    """One call of the decoder: R rows, T new tokens each, on an existing or a new memory.
+
+    Args:
+        config: geometry.
+        plan: where the new tokens stand.
+        before: each layer's memory before the call; None for a new stream.
+        rotaries: each layer's rotary positions.
+        prompt: (N, d), the FAM input of layer 0 in block 0; None without feedback.
+        keep: whether the memories after the call are wanted.
+    """
+
+    def __init__(
+        self,
+        config: FamConfig,
+        plan: CallPlan,
+        before: list[LayerMemory | None],
+        rotaries: tuple[Rotary, ...],
+        prompt: Tensor | None,
+        keep: bool,
+    ) -> None:
+        self.config = config
+        self.plan = plan
+        self.before = before
+        self.rotaries = rotaries
+        self.keep = keep
+        self.after: list[LayerMemory | None] = [None] * len(before)
+        # rising[l]: the FAM input of layer l in block 0 (B.1), (R, N, d): the prompt rises once.
+        self.rising: list[Tensor | None] = [None] * (len(before) + 1)
+        if prompt is not None:
+            self.rising[0] = prompt.expand(plan.rows, -1, -1)
+        self._cache: dict[Any, Any] = {}
+
+    def commit(self, memory: Memory) -> None:
+        """Advance `memory` to after the call."""
+        layers = [layer for layer in self.after if layer is not None]
+        assert len(layers) == len(self.after), "a layer did not run"
+        memory.advance(layers, self.plan.counts)
+
+    # ---- made once for all layers
+
+    def once(self, key: Any, make: Callable[[], Any]) -> Any:
+        """A value shared by the layers of this call."""
+        if key not in self._cache:
+            with torch.no_grad():
+                self._cache[key] = make()
+        return self._cache[key]
+
+    def tables(
+        self, layer: int, name: str, positions: Callable[[], Tensor], like: Tensor
+    ) -> Tables | None:
+        """Rotation by `positions`, shared by the layers of the same rotary."""
+        rotary = self.rotaries[layer]
+        return self.once((id(rotary), name), lambda: rotary.tables(positions(), like))
+
+    def index(self, name: str, make: Callable[[], Tensor], like: Tensor) -> Tensor:
+        """An index tensor of the plan, on the device of `like`."""
+        return self.once(name, lambda: make().to(like.device))
+
+    # ---- positions in the frame
+
+    def frame_starts(self) -> Tensor:
+        """(R or 1, 1) position in the stream of the start of the frame."""
+        B = self.config.block_size
+        starts = [b * B for b in self.plan.first_blocks]
+        return torch.tensor(starts[:1] if len(set(starts)) == 1 else starts, dtype=torch.float64)[
+            :, None
+        ]
+
+    def frame_shift(self) -> Tensor:
+        """(R or 1, 1): how far everything moves back when the frame moves on to the next call."""
+        finished = self.plan.finished
+        shift = torch.tensor(
+            finished[:1] if len(set(finished)) == 1 else finished, dtype=torch.float64
+        )
+        return -shift[:, None] * self.config.block_size
+
+    def fam_positions(self, block: int) -> Tensor:
+        """(R or 1, N) frame position of F_{j-1}, the FAM that block j of the call reads (B.2.1)."""
+        B, N = self.config.block_size, self.config.fam_length
+        slot = torch.arange(N, dtype=torch.float64)[None]
+        if self.config.fam_position == "zero":
+            return (-self.frame_starts()).expand(-1, N)
+        if self.config.fam_position == "float":
+            return block * B - 1 + (slot + 1) / (N + 1)
+        return block * B - N + slot
+
+    def anchor_positions(self, block: int) -> Tensor:
+        """(R or 1, A) frame position at which block j of the call sees the anchors."""
+        anchors = torch.tensor(self.config.anchor_positions, dtype=torch.float64)[None]
+        if self.config.global_positions:
+            return anchors - self.frame_starts()
+        S, P = self.config.sink_tokens, self.plan.past_length
+        return block * self.config.block_size - P - S + anchors
+
+    def anchor_positions_of_blocks(self, blocks: int) -> Tensor:
+        """(R or 1, nb, A): the same for each of the first `blocks` blocks."""
+        return torch.stack([self.anchor_positions(j) for j in range(blocks)], dim=1)

@@ -1,0 +1,391 @@
+"""What a converted model does differently: its decoder layers, its decoder, and `generate`.
+
+Each class here is mixed in before the family's own class of the same part, and adds to it what
+TransformerFAM needs: the layer lets FAM rows re-enter it, the decoder takes and returns a `Memory`.
+The computation itself is in `blocks` and `feedback`.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.modeling_outputs import ModelOutput
+
+from transformerfam.attention import AttentionStyle
+from transformerfam.blocks import TokenPass
+from transformerfam.call import AttentionPass, Call
+from transformerfam.config import FamConfig
+from transformerfam.memory import Memory
+from transformerfam.plan import CallPlan
+from transformerfam.probe import Probe, find_rotaries
+from transformerfam.rotary import Rotary
+
+ATTENTION_NAME = "transformerfam"
+
+
+def fam_attention(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Any,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    sliding_window: int | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """The attention function registered with transformers under `ATTENTION_NAME`."""
+    if not callable(attention_mask):
+        raise RuntimeError("Attention of a TransformerFAM was called outside of its decoder.")
+    style = AttentionStyle(
+        scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
+        dropout=dropout,
+        softcap=softcap,
+        sink_logits=s_aux,
+        sliding_window=sliding_window,
+    )
+    return attention_mask(query, key, value, style), None
+
+
+AttentionInterface.register(ATTENTION_NAME, fam_attention)
+# Masks are made by the plan of each call; without this entry transformers drops padding masks.
+AttentionMaskInterface.register(ATTENTION_NAME, lambda *args, **kwargs: None)
+
+
+# ---- the decoder layer
+
+
+class Picklable:
+    """An object of a class made by `mixed`: a pickle names the family's class and the mixin."""
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        """Rebuild by mixing again; the rest is the object's attributes."""
+        mixin, base = type(self).__bases__
+        return _blank, (mixin, base), self.__dict__
+
+
+def _blank(mixin: type, base: type) -> Any:
+    made = mixed(mixin, base)
+    return made.__new__(made)
+
+
+class FamLayer(Picklable):
+    """A decoder layer that FAM rows can re-enter. Mixed in before the family's own layer class."""
+
+    fam_index: int
+
+    def forward(
+        self, hidden_states: Tensor, *args: Any, fam_call: Call | Probe | None = None, **kwargs: Any
+    ) -> Any:
+        """The family's layer, with a pass of `fam_call` in place of the attention mask."""
+        if fam_call is None:
+            raise RuntimeError("A layer of a TransformerFAM was called outside of its decoder.")
+        plain = super().forward  # type: ignore[misc]  # of the family's layer
+        kwargs.update(past_key_values=None, use_cache=False)
+
+        def reenter(rows: Tensor, attention: AttentionPass) -> Tensor:
+            # Past the checkpointing wrapper and past forward hooks: part of the same forward.
+            own = {name: _for_rows(name, value, rows) for name, value in kwargs.items()}
+            own["attention_mask"] = attention
+            out = plain(rows, *args, **own)
+            return out[0] if isinstance(out, tuple) else out
+
+        if isinstance(fam_call, Probe):
+            tokens: AttentionPass = fam_call.enter(self.fam_index, hidden_states)
+        else:
+            tokens = TokenPass(fam_call, self.fam_index, hidden_states, reenter)
+        own = {**kwargs, "attention_mask": tokens}
+        return plain(hidden_states, *args, **own)
+
+
+def _for_rows(name: str, value: Any, rows: Tensor) -> Any:
+    """A layer's keyword for FAM rows in place of tokens: all stand at position 0, see rotary.py."""
+    if name not in ("position_embeddings", "position_ids"):
+        return value
+    if isinstance(value, Tensor):
+        return value[:1, :1].expand(rows.shape[0], rows.shape[1], *value.shape[2:])
+    if isinstance(value, (tuple, list)):
+        return type(value)(_for_rows(name, v, rows) for v in value)
+    return value
+
+
+# ---- the decoder
+
+
+class FamDecoder(Picklable):
+    """A decoder that reads with a `Memory`. Mixed in before the family's own decoder class."""
+
+    config: Any
+    training: bool
+    gradient_checkpointing: bool
+
+    @property
+    def fam_config(self) -> FamConfig:
+        """The geometry, as kept in the model's configuration."""
+        return FamConfig.from_dict(self.config.fam)
+
+    def rotaries(self) -> tuple[Rotary, ...]:
+        """Each layer's rotary positions, found when first needed: weights must be loaded."""
+        found = self.__dict__.get("_fam_rotaries")
+        if found is None:
+            found = find_rotaries(self, len(layers_of(self)))  # type: ignore[arg-type]
+            self.__dict__["_fam_rotaries"] = found
+        return found
+
+    def plain_forward(self, **kwargs: Any) -> Any:
+        """The family's own forward."""
+        return super().forward(use_cache=False, return_dict=True, **kwargs)  # type: ignore[misc]
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Memory | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> ModelOutput | tuple[Any, ...]:
+        """Read new tokens, layer-major over all blocks of the call (section 3, docs/method.md).
+
+        Args:
+            input_ids, inputs_embeds: (R, T) or (R, T, d), new tokens of R streams.
+            attention_mask: (R, T) or longer, of which the last T columns count: 0 for padding, which
+                does not enter the stream.
+            position_ids: ignored; where a token stands follows from the memory.
+            past_key_values: the streams' memory, advanced in place once the call has succeeded.
+            use_cache: whether to make a memory if none is given.
+        """
+        inputs = input_ids if inputs_embeds is None else inputs_embeds
+        if inputs is None or inputs.shape[1] == 0:
+            raise ValueError(
+                "Nothing to read: give input_ids or inputs_embeds of at least one token."
+            )
+        self._check_call(past_key_values, inputs)
+        config, memory = self.fam_config, past_key_values
+        if use_cache is None:
+            use_cache = bool(getattr(self.config, "use_cache", True))
+        if memory is None and use_cache and not (self.training and self.gradient_checkpointing):
+            memory = Memory(config, inputs.shape[0], len(layers_of(self)))
+        call = self._call(config, memory, inputs, attention_mask)
+        output = self.plain_forward(
+            input_ids=input_ids if inputs_embeds is None else None,
+            inputs_embeds=inputs_embeds,
+            # Queries and keys are to arrive unrotated: everything stands at position 0.
+            position_ids=torch.zeros(1, inputs.shape[1], dtype=torch.long, device=inputs.device),
+            fam_call=call,
+            **kwargs,
+        )
+        if memory is not None:
+            call.commit(memory)
+        output["past_key_values"] = memory
+        return output if return_dict is not False else output.to_tuple()
+
+    def _call(
+        self,
+        config: FamConfig,
+        memory: Memory | None,
+        inputs: Tensor,
+        attention_mask: Tensor | None,
+    ) -> Call:
+        rows, columns = inputs.shape[:2]
+        state = Memory(config, rows, len(layers_of(self))) if memory is None else memory
+        plan = CallPlan(
+            config=config,
+            starts=state.position,
+            columns=columns,
+            valid=_valid_columns(attention_mask, rows, columns),
+            past_length=state.past_length,
+        )
+        prompt = None
+        if config.has_feedback:
+            # Looked up at each call: PEFT puts another module in its place.
+            slots = torch.arange(config.fam_length, device=inputs.device)
+            prompt = self.fam_prompt(slots)  # type: ignore[attr-defined]
+        before = list(state.layers_memory)
+        return Call(config, plan, before, self.rotaries(), prompt, keep=memory is not None)
+
+    def _check_call(self, memory: object, inputs: Tensor) -> None:
+        if self.config._attn_implementation != ATTENTION_NAME:
+            raise ValueError(
+                f"A TransformerFAM needs its own attention, not {self.config._attn_implementation!r}; "
+                "choose how it is computed with FamConfig(backend=...)."
+            )
+        if memory is None:
+            return
+        if not isinstance(memory, Memory):
+            raise ValueError(
+                f"A TransformerFAM reads with a transformerfam.Memory, not a {type(memory).__name__}; "
+                "pass Memory.for_model(model), or no cache at all."
+            )
+        if memory.rows != inputs.shape[0]:
+            raise ValueError(
+                f"The memory holds {memory.rows} streams and the input has {inputs.shape[0]} rows; "
+                "use memory.select_rows to match them."
+            )
+        layers = len(layers_of(self))
+        if len(memory) != layers:
+            raise ValueError(
+                f"The memory is for {len(memory)} layers and the model has {layers}; make it with "
+                "Memory.for_model(model)."
+            )
+        differences = self.fam_config.memory_differences(memory.config)
+        if differences:
+            raise ValueError(f"The memory was made with another {', '.join(differences)}.")
+
+
+def _valid_columns(attention_mask: Tensor | None, rows: int, columns: int) -> Tensor | None:
+    """(R, T) bool on the CPU, or None if no token is padding."""
+    if attention_mask is None:
+        return None
+    if (
+        attention_mask.dim() != 2
+        or attention_mask.shape[0] != rows
+        or attention_mask.shape[1] < columns
+    ):
+        raise ValueError(
+            f"attention_mask must have 2 dimensions, (rows, tokens), and cover the {columns} new tokens "
+            f"of {rows} rows; got {tuple(attention_mask.shape)}."
+        )
+    valid = attention_mask[:, -columns:].bool().cpu()
+    return None if bool(valid.all()) else valid
+
+
+# ---- the causal language model
+
+
+class FamForCausalLM:
+    """What a converted model adds to its family's class."""
+
+    config: Any
+    _is_stateful = True  # transformers then refuses assisted generation and prompt lookup by name
+
+    def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
+        super().__init__(config, *args, **kwargs)
+        install(self)  # type: ignore[arg-type]
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        """A pickle names the family's class, from which ours is made again."""
+        from transformerfam.conversion import blank_model
+
+        return blank_model, (type(self).__bases__[1],), self.__dict__
+
+    @property
+    def fam_config(self) -> FamConfig:
+        """The geometry, as kept in the model's configuration."""
+        return FamConfig.from_dict(self.config.fam)
+
+    def gradient_checkpointing_enable(
+        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
+        """Activation checkpointing, without re-entrance: FAM of one layer feeds the next on the side."""
+        options = {"use_reentrant": False, **(gradient_checkpointing_kwargs or {})}
+        if options["use_reentrant"]:
+            raise ValueError(
+                "A TransformerFAM cannot be checkpointed with use_reentrant=True; leave it out."
+            )
+        super().gradient_checkpointing_enable(options, **kwargs)  # type: ignore[misc]
+
+    def _prepare_cache_for_generation(
+        self,
+        generation_config: Any,
+        model_kwargs: dict[str, Any],
+        generation_mode: Any,
+        batch_size: int,
+        max_cache_length: int,
+    ) -> None:
+        """`generate` reads with a `Memory`: the one it is given, or a new one."""
+        kind = generation_config.cache_implementation
+        if kind is not None:
+            raise ValueError(
+                f"A TransformerFAM generates with its own memory, which has a fixed size already; "
+                f"remove cache_implementation={kind!r}."
+            )
+        memory = model_kwargs.get("past_key_values")
+        copies = max(generation_config.num_beams, generation_config.num_return_sequences)
+        rows = batch_size * copies
+        if memory is None:
+            if generation_config.use_cache is not False:
+                model_kwargs["past_key_values"] = Memory.for_model(self, rows)  # type: ignore[arg-type]
+        elif generation_config.use_cache is False:
+            raise ValueError("Generating with a memory needs use_cache=True; leave use_cache out.")
+        elif isinstance(memory, Memory):
+            memory._is_user_defined = True  # type: ignore[attr-defined]
+            if memory.rows != rows and memory.rows * copies == rows:
+                # Several continuations of one stream: each on its own copy.
+                index = torch.arange(memory.rows).repeat_interleave(copies)
+                model_kwargs["past_key_values"] = memory.select_rows(index)
+
+
+# ---- putting the classes on a model
+
+
+@cache
+def mixed(mixin: type, base: type) -> type:
+    """`base` with `mixin` before it.
+
+    Under its own name: FSDP, device maps and the recording of hidden states go by class names.
+    """
+    return type(
+        base.__name__,
+        (mixin, base),
+        {"__module__": base.__module__, "__qualname__": base.__qualname__},
+    )
+
+
+def install(model: PreTrainedModel) -> None:
+    """Give `model`, whose configuration has `fam`, its classes and its prompt."""
+    decoder = decoder_of(model)
+    layers = layers_of(decoder)
+    for index, layer in enumerate(layers):
+        layer.__class__ = mixed(FamLayer, type(layer))
+        layer.fam_index = index
+    decoder.__class__ = mixed(FamDecoder, type(decoder))
+    model.config._attn_implementation = ATTENTION_NAME
+    add_prompt(model)
+
+
+def uninstall(model: PreTrainedModel, model_class: type) -> None:
+    """Undo `install` and the change of the model's own class."""
+    decoder = decoder_of(model)
+    for part in (*layers_of(decoder), decoder):
+        if isinstance(part, Picklable):
+            part.__class__ = type(part).__bases__[1]
+    decoder._modules.pop("fam_prompt", None)
+    decoder.__dict__.pop("_fam_rotaries", None)
+    model.__class__ = model_class
+
+
+def add_prompt(model: PreTrainedModel) -> None:
+    """Add a FAM prompt of the configured length to the decoder, with random values."""
+    decoder = decoder_of(model)
+    length = decoder.fam_config.fam_length
+    if not length:
+        return
+    weight = decoder.get_input_embeddings().weight
+    dtype = weight.dtype if weight.is_floating_point() else torch.get_default_dtype()
+    prompt = nn.Embedding(length, model.config.hidden_size, device=weight.device, dtype=dtype)
+    if not prompt.weight.is_meta:
+        nn.init.normal_(prompt.weight, std=getattr(model.config, "initializer_range", 0.02))
+    decoder.fam_prompt = prompt
+
+
+# ---- finding our way in a model
+
+
+def decoder_of(model: PreTrainedModel) -> Any:
+    """The decoder of a causal language model."""
+    return model.get_decoder()
+
+
+def layers_of(decoder: Any) -> list[nn.Module]:
+    """The decoder's layers, bottom first."""
+    layers = getattr(decoder, "layers", None)
+    return [] if layers is None else list(layers)
