@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -82,7 +83,7 @@ def test_any_split_equals_whole(data: st.DataObject) -> None:
     length = data.draw(st.integers(1, 7 * B))
     cuts = data.draw(st.sets(st.integers(1, max(length - 1, 1)), max_size=8))
     edges = [0, *sorted(c for c in cuts if c < length), length]
-    pieces = [b - a for a, b in zip(edges, edges[1:], strict=False)]
+    pieces = [b - a for a, b in pairwise(edges)]
     model = _model(name)
     ids = some_tokens(1, length, seed=length)
     whole, end = stream(model, ids, [length])
@@ -98,8 +99,9 @@ def test_a_row_of_a_ragged_batch_equals_the_row_alone(data: st.DataObject) -> No
     name = data.draw(st.sampled_from([n for n, c in VARIANTS.items() if c.backend == "sdpa"]))
     model = _model(name)
     rows = data.draw(st.integers(1, 3))
-    memory, kept = None, [[torch.zeros(0, dtype=torch.long)] for _ in range(rows)]
-    read = [[] for _ in range(rows)]
+    memory: Memory | None = None
+    kept = [[torch.zeros(0, dtype=torch.long)] for _ in range(rows)]
+    read: list[list[Tensor]] = [[] for _ in range(rows)]
     for call in range(data.draw(st.integers(1, 3))):
         width = data.draw(st.integers(1, 3 * B))
         mask = torch.tensor(
@@ -112,9 +114,11 @@ def test_a_row_of_a_ragged_batch_equals_the_row_alone(data: st.DataObject) -> No
         with torch.no_grad():
             out = model(ids, attention_mask=mask, past_key_values=memory, use_cache=True)
         memory = out.past_key_values
+        assert memory is not None
         for r in range(rows):
             kept[r].append(ids[r][mask[r].bool()])
             read[r].append(out.logits[r][mask[r].bool()])
+    assert memory is not None
     for r in range(rows):
         alone = torch.cat(kept[r])
         assert memory.position[r] == len(alone)
@@ -152,7 +156,7 @@ def far(memory: Memory, blocks: int) -> Memory:
 def test_a_stream_at_a_hundred_million_equals_one_near_zero(name: str, tokens_before: int) -> None:
     """Moving all positions by a constant changes nothing (B.2.1); positions are rebased."""
     model = _model(name)
-    near, memory = stream(model, some_tokens(1, 5 * B), [5 * B])
+    _, memory = stream(model, some_tokens(1, 5 * B), [5 * B])
     ids = some_tokens(1, LENGTH, seed=1)
     expected, end = stream(model, ids, [B + 1, 1, LENGTH - B - 2], memory.fork())
     logits, moved_end = stream(

@@ -34,7 +34,7 @@ _WHERE = {
     "reconfigure": "conversion",
 }
 
-__all__ = sorted(_WHERE)  # noqa: PLE0605  # one sorted list, and the only one
+__all__ = sorted(_WHERE)  # one sorted list, and the only one
 
 
 def __getattr__(name: str) -> Any:

@@ -64,9 +64,10 @@ class AttentionMask:
             shared = seen.shape[0] == 1
             self._blocks = create_block_mask(
                 lambda g, h, i, j: seen[0 if shared else g, i, j],
-                None if shared else seen.shape[0],
-                None,
-                *seen.shape[1:],
+                B=None if shared else seen.shape[0],
+                H=None,
+                Q_LEN=seen.shape[1],
+                KV_LEN=seen.shape[2],
                 device=seen.device,
             )
         return self._blocks
@@ -170,4 +171,5 @@ def _flex_attention(device: str) -> Callable[..., Any]:
     from torch.nn.attention.flex_attention import flex_attention
 
     # Without a compiler FlexAttention is the dense definition; that is what a CPU test wants.
-    return torch.compile(flex_attention) if device == "cuda" else flex_attention
+    compiled: Callable[..., Any] = flex_attention
+    return torch.compile(compiled) if device == "cuda" else compiled

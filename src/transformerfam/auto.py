@@ -48,7 +48,8 @@ class TransformerFamConfig(PreTrainedConfig):
         family = values.pop("base_model_type", None)
         if family not in CONFIG_MAPPING:
             raise ValueError(
-                f"This TransformerFAM is of the family {family!r}, which this version of transformers does not know."
+                f"This TransformerFAM is of the family {family!r}, which this version of transformers "
+                "does not know."
             )
         config_class = CONFIG_MAPPING[family]
         family_model(MODEL_FOR_CAUSAL_LM_MAPPING[config_class])

@@ -39,6 +39,7 @@ class TokenPass:
         self.fam_slots = self.config.previous_fams * self.config.fam_length
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, style: AttentionStyle) -> Tensor:
+        """An `AttentionPass`: (R, H, T, D) queries to (R, T, H, Dv)."""
         plan, new = self.plan, KeyValue(key, value)
         before = self.call.before[self.layer]
         if before is None:

@@ -7,7 +7,9 @@ so there is no code per family.
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,6 +21,7 @@ from transformerfam.config import FamConfig
 from transformerfam.modeling import (
     FamForCausalLM,
     add_prompt,
+    all_or_nothing,
     decoder_of,
     install,
     layers_of,
@@ -65,6 +68,19 @@ def convert(
             f"A {plain_config.model_type} model does not run as a TransformerFAM: {error}"
         ) from error
     initialise_prompt(model, seed)
+    return model
+
+
+def restore(model: PreTrainedModel, attention: str = "sdpa") -> PreTrainedModel:
+    """The inverse of `convert`, in place: the plain model with transformers' own attention."""
+    if not is_transformerfam(model):
+        return model
+    plain_class = type(model).__bases__[1]
+    uninstall(model, plain_class)
+    config = _take_own_config(model)
+    model.config.__class__ = type(config).__bases__[1]
+    del model.config.fam
+    model.config._attn_implementation = attention
     return model
 
 
@@ -162,38 +178,43 @@ def initialise_prompt(model: PreTrainedModel, seed: int = 0) -> None:
 # ---- classes made for a family
 
 
-@cache
-def family_config(config_class: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
+def _make_config(config_class: Any) -> Any:
     """The configuration class of `config_class`'s TransformerFAM: the same and `fam`."""
     name = f"Fam{config_class.__name__}"
     fields = {"__module__": __name__, "__annotations__": {"fam": "dict | None"}, "fam": None}
     return type(name, (FamFamilyConfig, config_class), fields)
 
 
-@cache
-def family_model(model_class: type[PreTrainedModel]) -> type[PreTrainedModel]:
+def _make_model(model_class: Any) -> Any:
     """The model class of `model_class`'s TransformerFAM, known to transformers' Auto classes."""
     config_class = family_config(model_class.config_class)
     name = f"Fam{model_class.__name__}"
-    made = type(
-        name,
-        (FamForCausalLM, model_class),
-        {"__module__": model_class.__module__, "config_class": config_class},
-    )
+    fields = {
+        "__module__": model_class.__module__,
+        "config_class": config_class,
+        "forward": all_or_nothing(model_class.forward),
+    }
+    made = type(name, (FamForCausalLM, model_class), fields)
     register_family(config_class, made)
     return made
+
+
+family_config: Callable[[Any], Any] = cache(_make_config)
+family_model: Callable[[Any], Any] = cache(_make_model)
 
 
 def blank_config(config_class: type[PreTrainedConfig]) -> PreTrainedConfig:
     """An empty configuration, for unpickling."""
     made = family_config(config_class)
-    return made.__new__(made)
+    blank: PreTrainedConfig = made.__new__(made)
+    return blank
 
 
 def blank_model(model_class: type[PreTrainedModel]) -> PreTrainedModel:
     """An empty model, for unpickling."""
     made = family_model(model_class)
-    return made.__new__(made)
+    blank: PreTrainedModel = made.__new__(made)
+    return blank
 
 
 # ---- what can be converted
@@ -231,7 +252,8 @@ def _check_convertible(model: object) -> None:
     strange = set(getattr(model.config, "layer_types", None) or ()) - _KNOWN_LAYERS
     if strange:
         raise UnsupportedModelError(
-            f"This {name} model has layers of {', '.join(sorted(strange))}, not plain attention over tokens."
+            f"This {name} model has layers of {', '.join(sorted(strange))}, not plain attention "
+            "over tokens."
         )
     if getattr(model.config, "use_bidirectional_attention", None):
         raise UnsupportedModelError(

@@ -52,7 +52,7 @@ class Recurrence:
             updated, own = self._update(take(fam, rows), j, rows)
             if j:
                 # This update projected the F that the one before it made.
-                made.append(own.map(lambda x, rows=rows: put(x, rows, self.plan.rows)))
+                made.append(own.map(partial(put, rows=rows, count=self.plan.rows)))
             fam = merge(fam, rows, updated)
         if max(finished):
             self._project_last(fam, made)
@@ -113,9 +113,8 @@ class Recurrence:
                 made.append(new)
             else:
                 rows = self.plan.rows_having_finished(blocks)
-                made[blocks - 1] = made[blocks - 1].zip(
-                    new, lambda old, fresh, rows=rows: merge(old, rows, take(fresh, rows))
-                )
+                newest = new.map(partial(take, rows=rows))
+                made[blocks - 1] = made[blocks - 1].zip(newest, partial(_merged, rows))
 
     def _fam_pass(self, j: int, rows: Tensor | None) -> FamPass:
         B = self.config.block_size
@@ -144,6 +143,10 @@ class Recurrence:
         return (wide * (cap / rms).clamp(max=1.0)).to(fam.dtype)
 
 
+def _merged(rows: Tensor | None, old: Tensor, new: Tensor) -> Tensor:
+    return merge(old, rows, new)
+
+
 class FamPass:
     """The FAM rows of a layer compress one block: they attend [ Kf ; K_τ ] without a mask.
 
@@ -167,6 +170,7 @@ class FamPass:
         self.own: KeyValue
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, style: AttentionStyle) -> Tensor:
+        """An `AttentionPass`: (R', H, N, D) queries to (R', N, H, Dv)."""
         if self.given is not None:
             query, key, value = self.given
         query = rotate(query, self.query_tables)
@@ -184,6 +188,7 @@ class Projection:
         self.own: tuple[Tensor, Tensor, Tensor]
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, style: AttentionStyle) -> Tensor:
+        """An `AttentionPass` that answers with zeros."""
         self.own = (query, key, value)
         rows, heads, length, _ = query.shape
         return query.new_zeros(rows, length, heads, value.shape[-1])

@@ -124,7 +124,9 @@ class LayerMemory:
 
     def map(self, change: Callable[[Tensor], Tensor]) -> LayerMemory:
         """Every tensor passed through `change`."""
-        return LayerMemory(*(change(tensor) for _, tensor in self.named_tensors()))
+        return LayerMemory(
+            change(self.keys), change(self.values), change(self.anchor_keys), change(self.fam)
+        )
 
 
 class Memory(Cache):
@@ -245,7 +247,8 @@ class Memory(Cache):
         new.next_logits = None if self.next_logits is None else change(self.next_logits)
         return new
 
-    def _become(self, other: Memory) -> None:
+    def become(self, other: Memory) -> None:
+        """Take over the state of another memory of the same geometry."""
         self.position = other.position
         self.layers_memory = other.layers_memory
         self.next_logits = other.next_logits
@@ -307,19 +310,19 @@ class Memory(Cache):
 
     def reset(self) -> None:
         """Forget everything."""
-        self._become(Memory(self.config, self.rows, len(self.layers_memory)))
+        self.become(Memory(self.config, self.rows, len(self.layers_memory)))
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Row r becomes what row beam_idx[r] was (beam search)."""
-        self._become(self.select_rows(beam_idx))
+        self.become(self.select_rows(beam_idx))
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep the given rows."""
-        self._become(self.select_rows(indices))
+        self.become(self.select_rows(indices))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Each row `repeats` times in a row."""
-        self._become(self.select_rows(torch.arange(self.rows).repeat_interleave(repeats)))
+        self.become(self.select_rows(torch.arange(self.rows).repeat_interleave(repeats)))
 
     def crop(self, tokens_to_remove: int) -> None:
         """Refused unless there is nothing to remove."""

@@ -10,7 +10,6 @@ import hashlib
 import json
 import os
 import re
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from transformerfam.config import FamConfig
+from transformerfam.files import whole_file
 from transformerfam.memory import LAYER_TENSORS, LayerMemory, Memory
 
 if TYPE_CHECKING:
@@ -85,34 +85,13 @@ def save_memory(memory: Memory, path: str | os.PathLike[str], model: PreTrainedM
     }
     header["checksum"] = _checksum(header, tensors)
     try:
-        _write_whole(target, tensors, header)
+        with whole_file(target) as temporary:
+            # safetensors refuses tensors that share storage.
+            save_file({name: t.clone() for name, t in tensors.items()}, temporary, metadata=header)
     # safetensors reports a full disk as an error of its own; a path may hold a zero byte.
     except (OSError, SafetensorError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise MemoryFileError(f"Cannot write the memory to {target}: {reason}.") from None
-
-
-def _write_whole(target: Path, tensors: dict[str, Tensor], header: dict[str, str]) -> None:
-    """Write beside the target, then rename; a link is followed, not replaced."""
-    target = Path(os.path.realpath(target))
-    handle, temporary = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
-    os.close(handle)
-    try:
-        # safetensors refuses tensors that share storage.
-        save_file({name: t.clone() for name, t in tensors.items()}, temporary, metadata=header)
-        with open(temporary, "rb") as written:
-            os.fsync(written.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, target)
-    finally:
-        if os.path.exists(temporary):
-            os.unlink(temporary)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def _geometry(model: object) -> FamConfig:
@@ -153,14 +132,15 @@ def load_memory(path: str | os.PathLike[str], model: PreTrainedModel) -> Memory:
             f"{path} was made by a model with other weights (or another type or adapter); only the "
             "model that read a text can use its memory of it."
         )
-    return _assemble(config, header, tensors, model.device)
+    return _assemble(config, header, tensors, model.device, path)
 
 
 def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
     try:
         with safe_open(str(path), framework="pt", device="cpu") as file:
             header = dict(file.metadata() or {})
-            return header, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            # Copies: a memory must not change with its file.
+            return header, {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
     except FileNotFoundError:
         raise MemoryFileError(f"There is no memory file {path}.") from None
     except OSError as error:
@@ -201,21 +181,46 @@ def _checksum(header: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:
 def _config_of(header: Mapping[str, str], path: str | os.PathLike[str]) -> FamConfig:
     try:
         return FamConfig.from_dict(json.loads(header["config"]))
-    except (KeyError, TypeError, ValueError) as error:
+    except ValueError as error:
         raise MemoryFileError(f"{path} has a geometry that is not understood: {error}") from None
+    except (KeyError, TypeError, AttributeError):
+        raise _damaged(path) from None
 
 
 def _assemble(
-    config: FamConfig, header: Mapping[str, str], tensors: Mapping[str, Tensor], device: Any
+    config: FamConfig,
+    header: Mapping[str, str],
+    tensors: Mapping[str, Tensor],
+    device: Any,
+    path: str | os.PathLike[str],
 ) -> Memory:
-    position = tuple(json.loads(header["position"]))
-    memory = Memory(config, len(position), int(header["layers"]))
+    position, layers = _whole_numbers(header, path)
+    memory = Memory(config, len(position), layers)
     on_device = {name: t.to(device) for name, t in tensors.items()}
     next_logits = on_device.pop("next_logits", None)
-    if on_device:
-        layers = [
-            LayerMemory(*(on_device[f"{index}.{field}"] for field in LAYER_TENSORS))
-            for index in range(len(memory.layers_memory))
+    if on_device or any(position):
+        names = [{name: f"{index}.{name}" for name in LAYER_TENSORS} for index in range(layers)]
+        if sorted(on_device) != sorted(full for layer in names for full in layer.values()):
+            raise _damaged(path)
+        if any(t.shape[0] != len(position) for t in on_device.values()):
+            raise _damaged(path)
+        found = [
+            LayerMemory(*(on_device[full] for full in layer.values()), owned=True)
+            for layer in names
         ]
-        memory.advance(layers, position, next_logits)
+        memory.advance(found, position, next_logits)
     return memory
+
+
+def _whole_numbers(
+    header: Mapping[str, str], path: str | os.PathLike[str]
+) -> tuple[tuple[int, ...], int]:
+    """Position of each row, and the number of layers."""
+    try:
+        position, layers = json.loads(header["position"]), int(header["layers"])
+    except (KeyError, ValueError):
+        raise _damaged(path) from None
+    rows_are_right = isinstance(position, list) and len(position) > 0
+    if not rows_are_right or layers < 1 or not all(type(p) is int and p >= 0 for p in position):
+        raise _damaged(path)
+    return tuple(position), layers

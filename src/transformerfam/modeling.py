@@ -7,13 +7,22 @@ The computation itself is in `blocks` and `feedback`.
 
 from __future__ import annotations
 
-from functools import cache
+import copy
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache, wraps
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.generation import GenerationMixin
 from transformers.modeling_outputs import ModelOutput
+
+# Not public, but the only way to tell transformers' recording hooks which calls are not tokens.
+from transformers.utils.output_capturing import _active_collector
 
 from transformerfam.attention import AttentionStyle
 from transformerfam.blocks import TokenPass
@@ -70,7 +79,7 @@ class Picklable:
         return _blank, (mixin, base), self.__dict__
 
 
-def _blank(mixin: type, base: type) -> Any:
+def _blank(mixin: Any, base: Any) -> Any:
     made = mixed(mixin, base)
     return made.__new__(made)
 
@@ -93,7 +102,8 @@ class FamLayer(Picklable):
             # Past the checkpointing wrapper and past forward hooks: part of the same forward.
             own = {name: _for_rows(name, value, rows) for name, value in kwargs.items()}
             own["attention_mask"] = attention
-            out = plain(rows, *args, **own)
+            with _nothing_recorded():
+                out = plain(rows, *args, **own)
             return out[0] if isinstance(out, tuple) else out
 
         if isinstance(fam_call, Probe):
@@ -102,6 +112,20 @@ class FamLayer(Picklable):
             tokens = TokenPass(fam_call, self.fam_index, hidden_states, reenter)
         own = {**kwargs, "attention_mask": tokens}
         return plain(hidden_states, *args, **own)
+
+
+@contextmanager
+def _nothing_recorded() -> Iterator[None]:
+    """Router logits and the like, which transformers records by hooks, are those of tokens alone."""
+    recording = _active_collector.get()
+    if recording is None:
+        yield
+        return
+    before = _active_collector.set(None)
+    try:
+        yield
+    finally:
+        _active_collector.reset(before)
 
 
 def _for_rows(name: str, value: Any, rows: Tensor) -> Any:
@@ -134,7 +158,7 @@ class FamDecoder(Picklable):
         """Each layer's rotary positions, found when first needed: weights must be loaded."""
         found = self.__dict__.get("_fam_rotaries")
         if found is None:
-            found = find_rotaries(self, len(layers_of(self)))  # type: ignore[arg-type]
+            found = find_rotaries(self, len(layers_of(self)))
             self.__dict__["_fam_rotaries"] = found
         return found
 
@@ -268,8 +292,8 @@ class FamForCausalLM:
     _is_stateful = True  # transformers then refuses assisted generation and prompt lookup by name
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
-        super().__init__(config, *args, **kwargs)
-        install(self)  # type: ignore[arg-type]
+        super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]  # the family's
+        install(self)
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         """A pickle names the family's class, from which ours is made again."""
@@ -282,16 +306,33 @@ class FamForCausalLM:
         """The geometry, as kept in the model's configuration."""
         return FamConfig.from_dict(self.config.fam)
 
-    def gradient_checkpointing_enable(
-        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **kwargs: Any
+    def _set_gradient_checkpointing(
+        self,
+        enable: bool = True,
+        gradient_checkpointing_func: Callable[..., Any] = checkpoint,
+        **kwargs: Any,
     ) -> None:
-        """Activation checkpointing, without re-entrance: FAM of one layer feeds the next on the side."""
-        options = {"use_reentrant": False, **(gradient_checkpointing_kwargs or {})}
-        if options["use_reentrant"]:
+        """Without re-entrance: FAM of one layer reaches the next on the side (`Call.rising`)."""
+        options = getattr(gradient_checkpointing_func, "keywords", {})
+        if enable and options.get("use_reentrant"):
             raise ValueError(
                 "A TransformerFAM cannot be checkpointed with use_reentrant=True; leave it out."
             )
-        super().gradient_checkpointing_enable(options, **kwargs)  # type: ignore[misc]
+        super()._set_gradient_checkpointing(  # type: ignore[misc]
+            enable, gradient_checkpointing_func, **kwargs
+        )
+
+    def save_pretrained(self, save_directory: Any, **kwargs: Any) -> None:
+        """As in transformers, with the weights in the layout that they have in memory.
+
+        The layouts of older checkpoints are found by `model_type`, which on disk is ours: a plain
+        class would not find them.
+        """
+        kwargs.setdefault("save_original_format", False)
+        super().save_pretrained(save_directory, **kwargs)  # type: ignore[misc]
+
+    # Past the family's own: some drop a cache by the length of a text that we do not keep.
+    prepare_inputs_for_generation = GenerationMixin.prepare_inputs_for_generation
 
     def _prepare_cache_for_generation(
         self,
@@ -313,22 +354,42 @@ class FamForCausalLM:
         rows = batch_size * copies
         if memory is None:
             if generation_config.use_cache is not False:
-                model_kwargs["past_key_values"] = Memory.for_model(self, rows)  # type: ignore[arg-type]
+                model_kwargs["past_key_values"] = Memory.for_model(self, rows)
         elif generation_config.use_cache is False:
             raise ValueError("Generating with a memory needs use_cache=True; leave use_cache out.")
         elif isinstance(memory, Memory):
-            memory._is_user_defined = True  # type: ignore[attr-defined]
+            memory._is_user_defined = True
             if memory.rows != rows and memory.rows * copies == rows:
                 # Several continuations of one stream: each on its own copy.
                 index = torch.arange(memory.rows).repeat_interleave(copies)
                 model_kwargs["past_key_values"] = memory.select_rows(index)
 
 
+def all_or_nothing(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """A causal language model's forward that leaves the memory as it was if anything fails.
+
+    The decoder has advanced it by then, but the head or the loss may still run out of memory.
+    """
+    signature = inspect.signature(forward)
+
+    @wraps(forward)
+    def run(self: Any, *args: Any, **kwargs: Any) -> Any:
+        memory = signature.bind_partial(self, *args, **kwargs).arguments.get("past_key_values")
+        before = copy.copy(memory)
+        try:
+            return forward(self, *args, **kwargs)
+        except BaseException:
+            if isinstance(memory, Memory) and before is not None:
+                memory.become(before)
+            raise
+
+    return run
+
+
 # ---- putting the classes on a model
 
 
-@cache
-def mixed(mixin: type, base: type) -> type:
+def _mix(mixin: Any, base: Any) -> Any:
     """`base` with `mixin` before it.
 
     Under its own name: FSDP, device maps and the recording of hidden states go by class names.
@@ -340,10 +401,13 @@ def mixed(mixin: type, base: type) -> type:
     )
 
 
+mixed: Callable[[Any, Any], Any] = cache(_mix)
+
+
 def install(model: PreTrainedModel) -> None:
     """Give `model`, whose configuration has `fam`, its classes and its prompt."""
     decoder = decoder_of(model)
-    layers = layers_of(decoder)
+    layers: list[Any] = layers_of(decoder)
     for index, layer in enumerate(layers):
         layer.__class__ = mixed(FamLayer, type(layer))
         layer.fam_index = index

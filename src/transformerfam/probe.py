@@ -61,7 +61,7 @@ def run_probe(decoder: PreTrainedModel, tokens: Tensor, positions: Tensor) -> Pr
     decoder.eval()
     try:
         device = decoder.get_input_embeddings().weight.device
-        decoder.plain_forward(  # type: ignore[operator]  # FamDecoder's own
+        decoder.plain_forward(  # FamDecoder's own
             input_ids=tokens[None].to(device),
             position_ids=positions[None].to(device),
             fam_call=probe,

@@ -1,0 +1,167 @@
+"""How fast and how large: FAM, windows and full attention over the same tokens, in one run.
+
+All readers take turns chunk by chunk, so that whatever else the machine does hits them alike; what is
+worth reporting are the ratios. Knows no text and prints nothing.
+"""
+
+from __future__ import annotations
+
+import copy
+import ctypes
+import gc
+import re
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from transformerfam.config import FamConfig
+from transformerfam.conversion import reconfigure, restore
+from transformerfam.memory import Memory
+
+
+@dataclass
+class Reader:
+    """One way to read, and what it cost so far.
+
+    Attributes:
+        prefill_seconds: length -> seconds for all tokens up to it.
+        decode_seconds: length -> median seconds for one more token at it.
+        state_bytes: length -> bytes that must be kept to go on from it.
+        peak_bytes: length -> most bytes in use above the weights while reading up to it: the state
+            and what a call needs besides; None where the system does not say.
+    """
+
+    name: str
+    model: Any
+    state: Any = None
+    prefill_seconds: dict[int, float] = field(default_factory=dict)
+    decode_seconds: dict[int, float] = field(default_factory=dict)
+    state_bytes: dict[int, int] = field(default_factory=dict)
+    peak_bytes: dict[int, int | None] = field(default_factory=dict)
+    spent: float = 0.0
+    peak: int | None = 0
+
+    @torch.no_grad()
+    def read(self, ids: Tensor) -> None:
+        """More tokens, (1, T)."""
+        held, gauge = self._bytes(), _gauge()
+        seconds = time.perf_counter()
+        self.state = self._step(ids, self.state)
+        _wait(ids)
+        self.spent += time.perf_counter() - seconds
+        # What was held before, and what came on top: the state's growth is in the latter.
+        self.peak = None if gauge is None or self.peak is None else max(self.peak, held + gauge())
+
+    @torch.no_grad()
+    def measure(self, length: int, ids: Tensor) -> None:
+        """Note what it took to come to `length`, and decode `ids` (1, n) from there on a copy."""
+        self.prefill_seconds[length] = self.spent
+        self.state_bytes[length] = self._bytes()
+        self.peak_bytes[length] = self.peak
+        state = self.state.fork() if isinstance(self.state, Memory) else copy.deepcopy(self.state)
+        times = []
+        for token in ids.split(1, dim=1):
+            start = time.perf_counter()
+            state = self._step(token, state)
+            _wait(ids)
+            times.append(time.perf_counter() - start)
+        self.decode_seconds[length] = statistics.median(times)
+
+    def _step(self, ids: Tensor, state: Any) -> Any:
+        return self.model(
+            ids, past_key_values=state, use_cache=True, logits_to_keep=1
+        ).past_key_values
+
+    def _bytes(self) -> int:
+        if isinstance(self.state, Memory):
+            return self.state.nbytes
+        layers = [] if self.state is None else self.state.layers
+        return sum(x.numel() * x.element_size() for c in layers for x in (c.keys, c.values))
+
+
+def readers(model: Any, config: FamConfig) -> list[Reader]:
+    """FAM as configured, the same windows without it, and the untouched model; weights are shared."""
+    return [
+        Reader("FAM", reconfigure(_twin(model), config)),
+        Reader(config.attention.upper(), reconfigure(_twin(model), config.without_feedback())),
+        Reader("full attention", restore(_twin(model))),
+    ]
+
+
+def run(
+    model: Any,
+    config: FamConfig,
+    lengths: Sequence[int],
+    *,
+    chunk: int = 2048,
+    decode_tokens: int = 16,
+    seed: int = 0,
+    skip_full_beyond: int | None = None,
+) -> Iterator[tuple[int, list[Reader]]]:
+    """Read random tokens up to the largest of `lengths`; yield (length, readers) at each of them."""
+    compared = readers(model, config)
+    generator = torch.Generator().manual_seed(seed)
+    device = model.get_input_embeddings().weight.device
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+
+    def tokens(count: int) -> Tensor:
+        return torch.randint(vocabulary, (1, count), generator=generator).to(device)
+
+    # The first call of anything is slow; it is not what a long read costs.
+    warm = tokens(64)
+    for reader in compared:
+        Reader(reader.name, reader.model).read(warm)
+    position = 0
+    for length in sorted(lengths):
+        while position < length:
+            ids = tokens(min(chunk, length - position))
+            for reader in compared:
+                reader.read(ids)
+            position += ids.shape[1]
+        more = tokens(decode_tokens)
+        for reader in compared:
+            reader.measure(length, more)
+        yield length, compared
+        if skip_full_beyond is not None and length >= skip_full_beyond:
+            compared = [reader for reader in compared if reader.name != "full attention"]
+
+
+# ---- parts
+
+
+def _twin(model: Any) -> Any:
+    """Another object of the model with the same weights."""
+    return copy.deepcopy(model, {id(t): t for t in [*model.parameters(), *model.buffers()]})
+
+
+def _wait(like: Tensor) -> None:
+    if like.is_cuda:
+        torch.cuda.synchronize(like.device)
+
+
+def _gauge() -> Callable[[], int] | None:
+    """A gauge of bytes in use, set to 0 now; None where the system has none."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        base = torch.cuda.memory_allocated()
+        return lambda: torch.cuda.max_memory_allocated() - base
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").malloc_trim(0)  # what is free goes back, or it would hide growth
+        Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
+        base = _status("VmRSS")
+        return lambda: max(0, _status("VmHWM") - base)
+    return None
+
+
+def _status(name: str) -> int:
+    found = re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert found is not None
+    return int(found[1]) * 1024

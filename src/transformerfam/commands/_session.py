@@ -1,0 +1,228 @@
+"""What commands that use a model do alike: load it, take up a memory, save one, stop on Ctrl-C."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import tempfile
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from transformerfam.commands._options import changed, geometry_changes
+from transformerfam.config import FamConfig
+from transformerfam.errors import UserError
+from transformerfam.report import Progress
+
+if TYPE_CHECKING:
+    from transformerfam.memory import Memory
+
+T = TypeVar("T")
+INTERRUPTED = 130
+
+
+@dataclass
+class Session:
+    """A model, its tokenizer and the memory to go on with."""
+
+    name: str
+    model: Any
+    tokenizer: Any
+    memory: Memory
+    trained: bool
+
+    @property
+    def config(self) -> FamConfig:
+        """The geometry in use."""
+        config: FamConfig = self.model.fam_config
+        return config
+
+
+def open_session(args: argparse.Namespace, progress: Progress) -> Session:
+    """Load what --model, --adapter, --load and the geometry options name.
+
+    The geometry is the loaded memory's, else the model's own, with what was asked for changed.
+    """
+    load = getattr(args, "load", None)
+    saved = saved_config(load) if load else None
+    name = args.model or "smollm2"
+    progress.passing(f"loading {name} ...")
+    from transformers.utils import logging
+
+    from transformerfam import models
+    from transformerfam.conversion import reconfigure
+    from transformerfam.memory import Memory
+
+    logging.set_verbosity_error()
+    _check_device(args.device)
+    model, tokenizer = models.load(name, dtype=args.dtype, device=args.device, adapter=args.adapter)
+    trained = models.is_trained(model)
+    config = changed(saved or model.fam_config, geometry_changes(args))
+    if config != model.fam_config:
+        # A prompt of another length is made anew and has learned nothing.
+        trained = trained and config.fam_length == model.fam_config.fam_length
+        model = reconfigure(model, config)
+    memory = Memory.load(load, model) if load else Memory.for_model(model)
+    progress.clear()
+    if config.has_feedback and not trained:
+        progress.note(
+            "The feedback memory of this model is untrained, which makes it read worse; "
+            "--fam-length 0 turns it off."
+        )
+    return Session(shown_name(model, name), model, tokenizer, memory, trained)
+
+
+def _check_device(name: str | None) -> None:
+    import torch
+
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).partition("\n")[0].rstrip(".")
+        raise UserError(f"The device {name} cannot be used: {reason}.") from None
+
+
+def shown_name(model: Any, name: str) -> str:
+    """What to call a model in a report: the last part of a path, the whole of any other name."""
+    return Path(name).name if Path(name).exists() else name
+
+
+def describe(config: FamConfig) -> str:
+    """A geometry in a few words."""
+    B, M = config.block_size, config.memory_segments
+    parts = [config.attention.upper() if config.attention != "full" else "full attention"]
+    if config.attention == "full":
+        parts.append(f"blocks of {B:,}")
+    elif config.attention == "bswa":
+        parts.append(f"blocks of {B:,} and the {M} before" if M else f"blocks of {B:,} alone")
+    else:
+        parts.append(f"window of {config.window_length:,}")
+    if config.sink_tokens:
+        parts.append(f"{config.sink_tokens} sinks")
+    parts.append(f"{config.fam_length} feedback slots" if config.has_feedback else "no feedback")
+    return ", ".join(parts)
+
+
+# ---- memories in files
+
+
+def memory_header(path: str | os.PathLike[str]) -> dict[str, str] | None:
+    """The header of a saved memory, without its tensors; None if the file is no memory."""
+    from safetensors import SafetensorError, safe_open
+
+    from transformerfam.memory_file import FORMAT
+
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            header = dict(file.metadata() or {})
+    except (OSError, SafetensorError, ValueError):
+        return None
+    return header if header.get("format") == FORMAT else None
+
+
+def saved_config(path: str) -> FamConfig | None:
+    """The geometry of a saved memory; None leaves it to `Memory.load` to say what is wrong.
+
+    Raises:
+        UserError: if there is no such file, before a model is loaded for nothing.
+    """
+    if not Path(path).exists():
+        raise UserError(f"There is no memory file {path}.")
+    try:
+        return FamConfig.from_dict(json.loads((memory_header(path) or {})["config"]))
+    except (KeyError, TypeError, ValueError):
+        return None
+
+
+def check_can_save(path: str | None) -> None:
+    """Refuse a place that a memory cannot be saved to, before the work is done.
+
+    Raises:
+        UserError: for a folder, a place that cannot be written, or a file that is no memory.
+    """
+    if path is None:
+        return
+    target = Path(path)
+    if target.is_dir():
+        raise UserError(f"{path} is a folder; name a file for the memory.")
+    if target.exists() and memory_header(target) is None:
+        raise UserError(
+            f"{path} exists and is not a saved memory, so it is not overwritten; name another file."
+        )
+    try:
+        with tempfile.TemporaryFile(prefix=f".{target.name}.", dir=target.parent):
+            pass
+    except FileNotFoundError:
+        raise UserError(
+            f"The memory cannot be saved to {path}: there is no folder {target.parent}."
+        ) from None
+    except OSError as error:
+        reason = (error.strerror or str(error)).lower()
+        raise UserError(f"The memory cannot be saved to {path}: {reason}.") from None
+
+
+# ---- Ctrl-C
+
+
+class StopOnInterrupt:
+    """While this is open, the first Ctrl-C asks to stop and the second stops at once.
+
+    A model call that is cut in two could leave a memory that has read half of it, so the first
+    Ctrl-C only sets `requested`. Where nothing but more input is awaited, `until` ends at once.
+
+    Args:
+        notify: called at the first Ctrl-C, from the signal handler.
+    """
+
+    def __init__(self, notify: Callable[[], None] = lambda: None) -> None:
+        self.requested = False
+        self._notify = notify
+        self._waiting = False
+        self._previous: Any = None
+
+    def __enter__(self) -> StopOnInterrupt:
+        # Python delivers signals to the main thread only, and only there can they be caught.
+        if threading.current_thread() is threading.main_thread():
+            self._previous = signal.signal(signal.SIGINT, self._handle)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._previous is not None:
+            signal.signal(signal.SIGINT, self._previous)
+
+    def until(self, source: Iterable[T]) -> Iterator[T]:
+        """`source` up to its end or the first Ctrl-C, which need not wait for the next item."""
+        items = iter(source)
+        while not self.requested:
+            try:
+                try:
+                    self._waiting = True
+                    item = next(items)
+                finally:
+                    self._waiting = False
+            except (StopIteration, KeyboardInterrupt):
+                return
+            yield item
+
+    def _handle(self, *_: object) -> None:
+        if self.requested:
+            raise KeyboardInterrupt
+        self.requested = True
+        if self._waiting:
+            raise KeyboardInterrupt
+        self._notify()
+
+
+def say_at_once(line: str) -> None:
+    """A line on standard error from inside a signal handler, where print may not be used."""
+    os.write(2, f"\n{line}\n".encode())

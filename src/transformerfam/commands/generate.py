@@ -1,0 +1,112 @@
+"""`fam generate`: continue a text, or a memory of one."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from transformerfam import report
+from transformerfam.commands import _options as options
+from transformerfam.errors import UserError
+
+if TYPE_CHECKING:
+    from transformerfam.commands._session import Session
+    from transformerfam.stream import Sampling
+
+HELP = "continue a prompt, a piped text of any length, or a saved memory"
+
+EPILOG = """\
+examples:
+  fam generate "The harbour lay grey under"
+  fam generate - < chapter.txt --temperature 0
+  fam generate --load book.fam --max-new-tokens 50
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of `fam generate`."""
+    parser.description = (
+        "Continue a text as it stands, without a chat template. The continuation goes to standard "
+        "output as it is made. A saved memory holds the prompt and the continuation."
+    )
+    parser.epilog = EPILOG
+    parser.add_argument(
+        "prompt",
+        metavar="PROMPT",
+        nargs="?",
+        help="the text, or - for standard input; may be left out with --load",
+    )
+    options.add_quiet(parser)
+    options.add_sampling(parser, max_new_tokens=200)
+    options.add_memory(parser)
+    options.add_model(parser)
+    options.add_geometry(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Read the prompt, write the continuation, save."""
+    if not args.prompt and not args.load:
+        raise UserError("Give a PROMPT to continue, - for standard input, or a memory with --load.")
+    from transformerfam.commands import _session
+
+    sampling = options.sampling(args)
+    _session.check_can_save(args.save)
+    progress = report.Progress(quiet=args.quiet)
+    prompt = _prompt(args.prompt)
+    session = _session.open_session(args, progress)
+    if not args.prompt and session.memory.next_logits is None:
+        raise UserError(f"{args.load} has read nothing that could be continued; give a PROMPT.")
+    with _session.StopOnInterrupt() as stop:
+        written = 0
+        started = time.monotonic()
+        for token_text in _continuation(args, session, stop.until(prompt), sampling):
+            print(token_text, end="", flush=True)
+            written += 1
+            if stop.requested:
+                break
+        print(flush=True)
+    seconds = time.monotonic() - started
+    progress.note(f"{written:,} tokens in {report.duration(seconds)}")
+    if args.save:
+        session.memory.save(args.save, session.model)
+        progress.note(f"saved {args.save}")
+    return _session.INTERRUPTED if stop.requested else 0
+
+
+def _prompt(given: str | None) -> Iterator[str]:
+    """The prompt in pieces; opened at once, so that what cannot be read is refused at once."""
+    if given != "-":
+        return iter([given] if given else [])
+    from transformerfam.text import TextSource
+
+    if sys.stdin is not None and sys.stdin.isatty():
+        print("Type the text; Ctrl-D on an empty line ends it.", file=sys.stderr)
+    return iter(TextSource("-"))
+
+
+def _continuation(
+    args: argparse.Namespace, session: Session, prompt: Iterator[str], sampling: Sampling
+) -> Iterator[str]:
+    """The new text token by token; an empty part in the middle of a character."""
+    from transformerfam.stream import generate
+    from transformerfam.text import Decoder, TokenIds
+    from transformerfam.turns import end_tokens
+
+    memory, tokenizer = session.memory, session.tokenizer
+    decoder = Decoder(tokenizer)
+    tokens = TokenIds(tokenizer, prompt, fresh=memory.position[0] == 0)
+    for token in generate(
+        session.model,
+        tokens,
+        memory,
+        max_new_tokens=args.max_new_tokens,
+        sampling=sampling,
+        stop=end_tokens(session.model, tokenizer),
+    ):
+        yield decoder.put(token)
+    rest = decoder.end()
+    if rest:
+        print(rest, end="", flush=True)

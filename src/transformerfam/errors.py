@@ -1,0 +1,7 @@
+"""What a person can get wrong, told in one sentence. Knows no torch."""
+
+from __future__ import annotations
+
+
+class UserError(Exception):
+    """What the user gave cannot be used; the message is one sentence, written for the user."""

@@ -1,0 +1,260 @@
+"""Where models come from: a folder, a name on the Hugging Face hub, a .gguf file, a small default.
+
+Gives a TransformerFAM and its tokenizer. Knows nothing of text, streams or training. Nothing heavy
+is imported before a model is asked for.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from contextlib import nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from transformerfam.config import FamConfig
+from transformerfam.embedded import (
+    EMBEDDED,
+    ModelError,
+    embedded_folder,
+    first_sentence,
+    quiet,
+    read_gguf,
+)
+from transformerfam.extras import require
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+__all__ = ["ADAPTER_FAM_CONFIG", "EMBEDDED", "ModelError", "is_trained", "load", "reading_config"]
+
+# Beside the weights of an adapter: the geometry that it was trained with.
+ADAPTER_FAM_CONFIG = "fam_config.json"
+_HUB_TIMEOUT_SECONDS = 10
+
+
+def reading_config() -> FamConfig:
+    """What reads best before any training: windows with sinks, and no feedback memory.
+
+    An untrained feedback memory does harm, since tokens attend to rows that mean nothing yet.
+    """
+    return FamConfig(fam_length=0, sink_tokens=4)
+
+
+def is_trained(model: object) -> bool:
+    """Whether the feedback memory of a model from `load` came with it, and not from conversion."""
+    return bool(getattr(model, "fam_trained", False))
+
+
+def load(
+    name_or_path: str = EMBEDDED,
+    config: FamConfig | None = None,
+    *,
+    dtype: torch.dtype | str | None = None,
+    device: torch.device | str | None = None,
+    adapter: str | None = None,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A TransformerFAM, ready to read, and its tokenizer.
+
+    Args:
+        name_or_path: `EMBEDDED`, a folder (a model of transformers, a saved TransformerFAM, or a
+            PEFT adapter, which names its model), a .gguf file, or a name on the Hugging Face hub.
+        config: geometry. By default that of the adapter or of the saved TransformerFAM, and
+            `reading_config()` for a model that has none.
+        dtype: of the weights, such as "bfloat16"; by default as they are stored.
+        device: where the weights go; by default the CPU.
+        adapter: folder or hub name of a PEFT adapter, which is merged into the weights.
+
+    Raises:
+        ModelError: a ValueError of one sentence, if there is no such model or it cannot be read.
+        UnsupportedModelError: a ValueError too, if the model cannot become a TransformerFAM.
+        MissingExtraError: if an adapter is given and PEFT is not installed.
+    """
+    from transformerfam.auto import register
+    from transformerfam.conversion import convert, is_transformerfam, reconfigure
+
+    register()
+    if adapter is None and (Path(name_or_path) / "adapter_config.json").is_file():
+        name_or_path, adapter = _adapted_model(name_or_path), name_or_path
+    model, tokenizer = _load_stored(name_or_path, _dtype(dtype))
+    # What adapters write down: the name that was given, not a folder in some cache.
+    model.config._name_or_path = model.name_or_path = name_or_path
+    if adapter is not None:
+        adapter = _adapter_folder(adapter)
+        config = config or _adapter_config(adapter)
+    stored_slots = model.fam_config.fam_length if is_transformerfam(model) else 0
+    if not is_transformerfam(model):
+        model = convert(model, config or reading_config())
+    elif config is not None:
+        model = reconfigure(model, config)
+    if adapter is not None:
+        model = _merge_adapter(model, adapter)
+    slots = model.fam_config.fam_length
+    # A stored prompt of another length is not used: the model got a fresh one.
+    model.fam_trained = slots > 0 and (adapter is not None or slots == stored_slots)
+    return model.to(device).eval(), tokenizer
+
+
+# ---- models as they are stored
+
+
+def _load_stored(name: str, dtype: Any) -> tuple[Any, PreTrainedTokenizerBase]:
+    """A model and its tokenizer; a TransformerFAM only if it was saved as one."""
+    if name == EMBEDDED:
+        return _from_pretrained(str(embedded_folder()), dtype)
+    path = Path(name).expanduser()
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise ModelError(f"There is no file {name}.")
+        model, tokenizer = read_gguf(path)
+        return model if dtype == "auto" else model.to(dtype), tokenizer
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ModelError(f"The folder {name} holds no model: it has no config.json.")
+        return _from_pretrained(str(path), dtype)
+    if path.exists() or path.is_absolute() or name.startswith((".", "~")):
+        raise ModelError(f"{name} is neither a folder with a model nor a .gguf file.")
+    fetched = _fetched_before(name, "config.json")
+    return _from_pretrained(fetched or name, dtype, download=fetched is None)
+
+
+def _from_pretrained(
+    name: str, dtype: Any, *, download: bool = False
+) -> tuple[Any, PreTrainedTokenizerBase]:
+    """A model of transformers and its tokenizer, from a folder or from the hub."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    # The bars of a download are worth seeing, on a terminal; those of loading a file are not.
+    with nullcontext() if download and sys.stderr.isatty() else quiet():
+        try:
+            config = AutoConfig.from_pretrained(name)
+        except Exception as error:  # one sentence for whatever a strange config.json brings about
+            raise ModelError(
+                f"transformers does not understand the config.json of {name} "
+                f"({first_sentence(error)})."
+            ) from error
+        _check_causal(name, config)
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(name)
+        except Exception as error:  # missing and damaged tokenizers raise many kinds of errors
+            raise ModelError(
+                f"{name} has no tokenizer that can be used ({first_sentence(error)})."
+            ) from error
+        try:
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                name, dtype=dtype, output_loading_info=True
+            )
+        except Exception as error:  # so do weights
+            raise ModelError(
+                f"The weights of {name} cannot be loaded ({first_sentence(error)})."
+            ) from error
+    model, report = loaded
+    if missing := sorted(report["missing_keys"]):
+        # transformers would go on with random numbers in their place.
+        raise ModelError(f"{name} lacks {len(missing)} of its weights, among them {missing[0]}.")
+    return model, tokenizer
+
+
+def _check_causal(name: str, config: Any) -> None:
+    from transformers import AutoModelForCausalLM
+
+    if type(config) not in AutoModelForCausalLM._model_mapping:
+        raise ModelError(
+            f"{name} is a {config.model_type} model, which transformers does not know as a causal "
+            "language model."
+        )
+
+
+def _fetched_before(name: str, file: str) -> str | None:
+    """None if the hub has `name`; the folder of what was fetched before if it is out of reach.
+
+    Asking here first, and going by the folder, saves the half minute in which every file would be
+    tried six times.
+    """
+    from huggingface_hub import model_info, try_to_load_from_cache
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    try:
+        model_info(name, timeout=_HUB_TIMEOUT_SECONDS)
+    except HFValidationError as error:
+        raise ModelError(
+            f"There is no folder {name}, and it cannot be a name on the hub."
+        ) from error
+    except HfHubHTTPError as error:
+        raise ModelError(
+            f"There is no folder {name}, and no model of that name on the hub that you may read."
+        ) from error
+    except Exception as error:  # no network: whatever the HTTP library of the day raises
+        if isinstance(fetched := try_to_load_from_cache(name, file), str):
+            return str(Path(fetched).parent)
+        raise ModelError(
+            f"There is no folder {name}, and the hub, where it may be a name, cannot be reached."
+        ) from error
+    return None
+
+
+def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | str:
+    import torch
+
+    if dtype is None:
+        return "auto"
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise ModelError(f"Weights cannot be of type {dtype}; use float32, bfloat16 or float16.")
+    return found
+
+
+# ---- adapters
+
+
+def _adapter_folder(adapter: str) -> str:
+    """The folder of an adapter, fetched from the hub if it is there."""
+    if Path(adapter).is_dir():
+        return adapter
+    from huggingface_hub import snapshot_download
+
+    return _fetched_before(adapter, "adapter_config.json") or snapshot_download(adapter)
+
+
+def _json_values(file: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{file} is no JSON file that can be read.") from error
+    if not isinstance(values, dict):
+        raise ModelError(f"{file} holds no table of values.")
+    return values
+
+
+def _adapted_model(adapter: str) -> str:
+    """The model that an adapter was trained on."""
+    base = _json_values(Path(adapter) / "adapter_config.json").get("base_model_name_or_path")
+    if not base:
+        raise ModelError(
+            f"The adapter {adapter} does not say which model it belongs to; name both."
+        )
+    return str(base)
+
+
+def _adapter_config(adapter: str) -> FamConfig:
+    """The geometry that an adapter was trained with."""
+    file = Path(adapter) / ADAPTER_FAM_CONFIG
+    if not file.is_file():
+        raise ModelError(
+            f"The adapter {adapter} has no {ADAPTER_FAM_CONFIG}; give the configuration that it "
+            "was trained with."
+        )
+    return FamConfig.from_dict(_json_values(file))
+
+
+def _merge_adapter(model: Any, adapter: str) -> Any:
+    """`model` with the adapter's weights, the FAM prompt among them, added into its own."""
+    peft = require("peft", "train")
+    try:
+        with quiet():
+            return peft.PeftModel.from_pretrained(model, adapter).merge_and_unload()
+    except Exception as error:  # missing files, other shapes, other layers
+        raise ModelError(
+            f"The adapter {adapter} cannot be put on this model ({first_sentence(error)})."
+        ) from error

@@ -1,0 +1,258 @@
+"""Token ids in and out, a stream of any length, one memory of fixed size. Knows nothing of text.
+
+`read` scores a stream, `generate` continues one. Both hold the tokens, logits and hidden states of one
+chunk at a time; what was read before is in the `Memory` alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from transformerfam.memory import Memory
+
+# A chunk amortises the cost of a call; its logits, in float32, are the largest thing in it.
+_CHUNK_TOKENS = 2048
+_CHUNK_LOGIT_BYTES = 256 << 20
+_LOSS_ROWS = 256
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """What `read` did with one chunk of a stream.
+
+    Attributes:
+        tokens: tokens in this chunk.
+        position: tokens that the stream has behind it after this chunk.
+        scored: tokens of this chunk that were predicted: all, but for the first of a fresh stream.
+        nats: sum of -log p over the scored tokens.
+        losses: (scored,) float32 on the CPU, -log p of each scored token in nats.
+        memory: the memory after this chunk; the next chunk advances the same object.
+    """
+
+    tokens: int
+    position: int
+    scored: int
+    nats: float
+    losses: Tensor
+    memory: Memory
+
+    @property
+    def loss(self) -> float | None:
+        """Mean loss in nats a token; None if nothing was scored."""
+        return self.nats / self.scored if self.scored else None
+
+
+def read(
+    model: Any,
+    tokens: Iterable[int],
+    memory: Memory | None = None,
+    *,
+    chunk_tokens: int | None = None,
+) -> Iterator[Chunk]:
+    """Read a stream of tokens of any length, and score how well each was predicted.
+
+    Every token but the first of a fresh stream is scored, with the tokens before it, across chunks
+    and across `memory.save` and `Memory.load`. No gradients.
+
+    Args:
+        model: a TransformerFAM.
+        tokens: ids of one stream, taken lazily: a generator over an endless source will do.
+        memory: where the stream stands, one row; advanced in place. None: a fresh stream.
+        chunk_tokens: tokens of a call. By default about 2048, fewer for a large vocabulary (the
+            logits of a chunk take at most 256 MB), in steps that end where blocks end.
+
+    Yields:
+        A `Chunk` after each call. Between two of them the memory may be forked, saved or asked.
+
+    Raises:
+        ValueError: for a memory of several rows or another geometry, or a token id that the model
+            does not have; tokens before the bad chunk have been read by then.
+    """
+    memory = _single_row(model, memory)
+    chunk_length = _chunk_lengths(model, memory, chunk_tokens)
+    source = iter(tokens)
+    while ids := list(islice(source, chunk_length(memory.position[0]))):
+        before = memory.next_logits
+        logits = _advance(model, ids, memory, keep=0)
+        losses = _losses(logits, ids, before)
+        yield Chunk(
+            tokens=len(ids),
+            position=memory.position[0],
+            scored=len(losses),
+            nats=float(losses.sum(dtype=torch.float64)),
+            losses=losses,
+            memory=memory,
+        )
+        del logits, losses  # not two chunks at once
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen.
+
+    Attributes:
+        temperature: 0 takes the likeliest token; 1 samples the model's own distribution.
+        top_k: only the k likeliest tokens; 0: all.
+        top_p: only the likeliest tokens that together have this probability.
+        seed: makes a run repeatable; None: a new one each time.
+
+    Raises:
+        ValueError: for a value out of range.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.temperature < float("inf"):
+            raise ValueError(f"temperature must be 0 or more, not {self.temperature}.")
+        if self.top_k < 0:
+            raise ValueError(f"top_k must be a whole number of at least 0, not {self.top_k}.")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p must be above 0 and at most 1, not {self.top_p}.")
+
+    def chooser(self) -> Callable[[Tensor], int]:
+        """A function from logits (V,) to a token id, with a random state of its own."""
+        generator = torch.Generator()
+        if self.seed is None:
+            generator.seed()
+        else:
+            generator.manual_seed(self.seed)
+        return lambda logits: self._choose(logits.float().cpu(), generator)
+
+    def _choose(self, logits: Tensor, generator: torch.Generator) -> int:
+        if self.temperature == 0:
+            return int(logits.argmax())
+        # Divided after the maximum is taken off, so that a tiny temperature cannot overflow.
+        scaled, order = ((logits - logits.max()) / self.temperature).sort(descending=True)
+        if self.top_k:
+            scaled, order = scaled[: self.top_k], order[: self.top_k]
+        p = scaled.softmax(0)
+        # A token stays if those before it have not reached top_p: the likeliest always does.
+        p = torch.where(p.cumsum(0) - p < self.top_p, p, 0.0)
+        return int(order[torch.multinomial(p, 1, generator=generator)])
+
+
+def generate(
+    model: Any,
+    tokens: Iterable[int],
+    memory: Memory | None = None,
+    *,
+    max_new_tokens: int,
+    sampling: Sampling | None = None,
+    stop: Collection[int] = (),
+) -> Iterator[int]:
+    """Read `tokens`, then continue the stream one token at a time.
+
+    Whenever a token is yielded the memory has consumed it: stop iterating at any time and the memory
+    holds exactly what was read and yielded. A token of `stop` ends the stream; it is neither yielded
+    nor consumed. No gradients.
+
+    Args:
+        model: a TransformerFAM.
+        tokens: new tokens of the stream, of any length; may be empty if `memory.next_logits` is set,
+            as it is after `read`, `generate` and loading what they saved.
+        memory: where the stream stands, one row; advanced in place. None: a fresh stream.
+        max_new_tokens: most tokens to yield.
+        sampling: how to choose; by default the likeliest token.
+        stop: token ids that end the stream.
+
+    Raises:
+        ValueError: as `read`; also if there is nothing to continue.
+    """
+    memory = _single_row(model, memory)
+    choose = (sampling or Sampling()).chooser()
+    chunk_length = _chunk_lengths(model, memory, None)
+    source = iter(tokens)
+    while ids := list(islice(source, chunk_length(memory.position[0]))):
+        _advance(model, ids, memory, keep=1)
+    for _ in range(max_new_tokens):
+        if memory.next_logits is None:
+            raise ValueError("There is nothing to continue: give at least one token.")
+        token = choose(memory.next_logits[0])
+        if token in stop:
+            return
+        _advance(model, [token], memory, keep=1)
+        yield token
+
+
+# ---- parts
+
+
+def _single_row(model: Any, memory: Memory | None) -> Memory:
+    memory = Memory.for_model(model) if memory is None else memory
+    if memory.rows != 1:
+        raise ValueError(
+            f"A stream is read with a memory of one row, and this one has {memory.rows}; "
+            "take one with memory.select_rows([row])."
+        )
+    return memory
+
+
+def _chunk_lengths(model: Any, memory: Memory, chosen: int | None) -> Callable[[int], int]:
+    """How many tokens to take at a position of the stream."""
+    if chosen is not None:
+        if chosen < 1:
+            raise ValueError(f"chunk_tokens must be at least 1, not {chosen}.")
+        return lambda position: chosen
+    B = memory.config.block_size
+    most = _CHUNK_LOGIT_BYTES // (4 * model.config.get_text_config().vocab_size)
+    most = max(1, min(most, _CHUNK_TOKENS))
+    if most >= B:
+        whole = most // B * B
+        return lambda position: whole - position % B
+    # Equal parts of a block, the last of which ends where the block ends.
+    part = -(-B // -(-B // most))
+    return lambda position: min(part - position % B % part, B - position % B)
+
+
+@torch.no_grad()
+def _advance(model: Any, ids: list[int], memory: Memory, *, keep: int) -> Tensor:
+    """Logits (keep or T, V) of new tokens, with the memory advanced and its prediction set."""
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    if min(ids) < 0 or max(ids) >= vocabulary:
+        bad = next(i for i in ids if not 0 <= i < vocabulary)
+        raise ValueError(f"Token {bad} is not in the model's vocabulary of {vocabulary} tokens.")
+    inputs = torch.tensor([ids], device=model.get_input_embeddings().weight.device)
+    with _evaluating(model):
+        logits: Tensor = model(
+            input_ids=inputs, past_key_values=memory, use_cache=True, logits_to_keep=keep
+        ).logits[0]
+    memory.next_logits = logits[-1:].float().clone()  # a copy: the rest of the chunk can be freed
+    return logits
+
+
+@contextmanager
+def _evaluating(model: Any) -> Iterator[None]:
+    """No dropout meanwhile; a model in training is handed back in training."""
+    training = model.training
+    if training:
+        model.eval()
+    try:
+        yield
+    finally:
+        if training:
+            model.train()
+
+
+@torch.no_grad()
+def _losses(logits: Tensor, ids: list[int], before: Tensor | None) -> Tensor:
+    """(T or T - 1,) -log p of each token under the prediction made just before it."""
+    targets = torch.tensor(ids, device=logits.device)
+    parts = [] if before is None else [cross_entropy(before, targets[:1], reduction="none")]
+    # In slices, or a chunk of half-precision logits would be held twice over in float32.
+    for start in range(0, len(ids) - 1, _LOSS_ROWS):
+        stop = min(start + _LOSS_ROWS, len(ids) - 1)
+        predicted = logits[start:stop].float()
+        parts.append(cross_entropy(predicted, targets[start + 1 : stop + 1], reduction="none"))
+    return torch.cat(parts).cpu() if parts else torch.zeros(0)
