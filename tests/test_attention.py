@@ -18,13 +18,17 @@ BACKENDS: tuple[Backend, ...] = get_args(Backend)
 pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 
 
-def by_definition(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, style: AttentionStyle) -> Tensor:
+def by_definition(
+    q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, style: AttentionStyle
+) -> Tensor:
     """softmax over the keys that are seen, one query of one head at a time."""
     G, H, L, _ = q.shape
     out = torch.zeros(G, H, L, v.shape[-1], dtype=q.dtype)
     for g in range(G):
         for h in range(H):
-            head = h // (H // k.shape[1])  # so many query heads, one after another, share a key head
+            head = h // (
+                H // k.shape[1]
+            )  # so many query heads, one after another, share a key head
             for i in range(L):
                 terms = []  # (exp of the score, value)
                 for j in range(k.shape[2]):
@@ -70,7 +74,9 @@ def test_backends_equal_the_definition(data: st.DataObject) -> None:
             continue  # a limit of FlexAttention itself
         for _ in range(2):  # the mask keeps what it made for the first layer
             out = attend(q, k, v, mask, style, backend)
-            torch.testing.assert_close(out, expected, rtol=0, atol=1e-5 if backend == "flex" else 1e-9)
+            torch.testing.assert_close(
+                out, expected, rtol=0, atol=1e-5 if backend == "flex" else 1e-9
+            )
 
 
 @pytest.mark.parametrize("softcap", [None, 2.0])

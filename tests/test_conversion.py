@@ -70,7 +70,8 @@ def test_the_model_is_still_of_its_family() -> None:
 
 
 @pytest.mark.parametrize(
-    ("family", "scale"), [("Llama", 1.0), ("Gemma 2", 32**0.5), ("Gemma 3 (text)", 32**0.5), ("Granite", 3.0)]
+    ("family", "scale"),
+    [("Llama", 1.0), ("Gemma 2", 32**0.5), ("Gemma 3 (text)", 32**0.5), ("Granite", 3.0)],
 )
 def test_the_prompt_starts_as_what_the_first_layer_reads_for_real_tokens(
     family: str, scale: float
@@ -170,7 +171,9 @@ def test_a_memory_of_the_geometry_before_is_refused() -> None:
 
 
 def saved(family: str, folder: Path, **changes: Any) -> PreTrainedModel:
-    model = convert(tiny(family, torch.float32), CONFIG.replace(feedback_norm=(1.0, 2.0, 3.0), **changes))
+    model = convert(
+        tiny(family, torch.float32), CONFIG.replace(feedback_norm=(1.0, 2.0, 3.0), **changes)
+    )
     with torch.no_grad():
         if model.fam_config.has_feedback:
             model.get_decoder().fam_prompt.weight.add_(0.5)
@@ -178,7 +181,16 @@ def saved(family: str, folder: Path, **changes: Any) -> PreTrainedModel:
     return model
 
 
-ROUND_TRIPS = ["Llama", "Gemma 3 (text)", "GPT-NeoX", "Phi-3", "Mixtral", "Qwen3-MoE", "gpt-oss", "Granite"]
+ROUND_TRIPS = [
+    "Llama",
+    "Gemma 3 (text)",
+    "GPT-NeoX",
+    "Phi-3",
+    "Mixtral",
+    "Qwen3-MoE",
+    "gpt-oss",
+    "Granite",
+]
 
 
 @pytest.mark.parametrize("family", ROUND_TRIPS)
@@ -221,7 +233,9 @@ def test_the_plain_class_loads_it_and_leaves_the_prompt_over(family: str, tmp_pa
     plain_class = type(tiny(family))
     plain, info = plain_class.from_pretrained(tmp_path, output_loading_info=True)
     prompt = f"{model.base_model_prefix}.fam_prompt.weight"
-    assert {name: set(found) for name, found in info.items() if found} == {"unexpected_keys": {prompt}}
+    assert {name: set(found) for name, found in info.items() if found} == {
+        "unexpected_keys": {prompt}
+    }
     torch.testing.assert_close(logits(plain), logits(tiny(family, torch.float32)))
 
 
@@ -271,7 +285,9 @@ def test_a_configuration_of_a_later_version_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "config.json"
     written = json.loads(path.read_text())
     path.write_text(json.dumps({**written, "fam": {**written["fam"], "kind": "new"}}))
-    with pytest.raises(ValueError, match="kind, which this version of transformerfam does not know"):
+    with pytest.raises(
+        ValueError, match="kind, which this version of transformerfam does not know"
+    ):
         logits(AutoModelForCausalLM.from_pretrained(tmp_path))
     path.write_text(json.dumps({**written, "base_model_type": "gpt9"}))
     with pytest.raises(ValueError, match="family 'gpt9'"):
@@ -428,7 +444,12 @@ def test_what_cannot_be_converted_is_refused_by_name_and_left_alone(name: str) -
     with pytest.raises(UnsupportedModelError, match=message) as caught:
         convert(model, CONFIG)
     assert str(caught.value).endswith(".") and "\n" not in str(caught.value)
-    assert before == (type(model), type(model.config), model.config.to_dict(), list(model.state_dict()))
+    assert before == (
+        type(model),
+        type(model.config),
+        model.config.to_dict(),
+        list(model.state_dict()),
+    )
     assert classes == [type(module) for module in model.modules()]
     assert torch.equal(logits(model, ids, **options), expected)
 
@@ -454,7 +475,9 @@ def test_a_model_without_weights_is_refused_and_left_alone() -> None:
     assert "fam_prompt" not in dict(model.model.named_children())
 
 
-def test_an_interrupted_conversion_leaves_the_model_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_conversion_leaves_the_model_as_it_was(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     from transformerfam import conversion
 
     def interrupt(*_: object) -> None:

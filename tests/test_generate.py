@@ -170,9 +170,7 @@ def test_beams_equal_beams_that_read_everything_again(
 ) -> None:
     ids = some_tokens(2, B + 2)
     out = model.generate(ids, num_beams=3, **GREEDY, **options)
-    assert torch.equal(
-        out, model.generate(ids, num_beams=3, use_cache=False, **GREEDY, **options)
-    )
+    assert torch.equal(out, model.generate(ids, num_beams=3, use_cache=False, **GREEDY, **options))
 
 
 def test_two_beams_by_hand(model: PreTrainedModel) -> None:
@@ -268,7 +266,11 @@ def test_max_length_counts_the_ids_given_not_the_stream(model: PreTrainedModel) 
     memory = Memory.for_model(model)
     for _ in range(3):
         out = model.generate(
-            some_tokens(1, 3), past_key_values=memory, max_length=8, do_sample=False, eos_token_id=None
+            some_tokens(1, 3),
+            past_key_values=memory,
+            max_length=8,
+            do_sample=False,
+            eos_token_id=None,
         )
         assert out.shape == (1, 8)
     assert memory.position == (3 * 7,)
@@ -356,10 +358,14 @@ def test_other_kinds_of_cache_are_refused_by_name(model: PreTrainedModel, kind: 
         model.generate(some_tokens(1, 3), cache_implementation=kind, **GREEDY)
 
 
-@pytest.mark.parametrize("mode", ["prompt_lookup_num_tokens", "assistant_model", "assistant_early_exit"])
+@pytest.mark.parametrize(
+    "mode", ["prompt_lookup_num_tokens", "assistant_model", "assistant_early_exit"]
+)
 def test_modes_that_take_back_tokens_are_refused(model: PreTrainedModel, mode: str) -> None:
     value = tiny() if mode == "assistant_model" else 2
-    with pytest.raises(ValueError, match="assisted generation is not supported with stateful models"):
+    with pytest.raises(
+        ValueError, match="assisted generation is not supported with stateful models"
+    ):
         model.generate(some_tokens(1, 3), **{mode: value}, **GREEDY)
 
 

@@ -23,7 +23,9 @@ WINDOWED = [n for n, c in VARIANTS.items() if c.attention != "full" and c.backen
 
 
 @torch.no_grad()
-def read(model: PreTrainedModel, ids: Tensor, memory: Memory | None = None) -> tuple[Tensor, Memory]:
+def read(
+    model: PreTrainedModel, ids: Tensor, memory: Memory | None = None
+) -> tuple[Tensor, Memory]:
     out = model(ids, past_key_values=memory)
     return out.logits, out.past_key_values
 
@@ -332,7 +334,12 @@ def test_backend_and_stopped_gradients_are_no_part_of_the_geometry() -> None:
 
 @pytest.mark.parametrize(
     ("rows", "layers", "message"),
-    [(2, 3, "2 streams and the input has 1 row"), (1, 2, "layers"), (1, 5, "layers"), (1, 1, "layers")],
+    [
+        (2, 3, "2 streams and the input has 1 row"),
+        (1, 2, "layers"),
+        (1, 5, "layers"),
+        (1, 1, "layers"),
+    ],
 )
 def test_another_number_of_rows_or_layers_is_refused(
     model: PreTrainedModel, rows: int, layers: int, message: str
@@ -343,7 +350,8 @@ def test_another_number_of_rows_or_layers_is_refused(
 
 
 @pytest.mark.parametrize(
-    "maker", [{"dtype": torch.float32}, {"hidden_size": 16}, {"head_dim": 4}, {"num_key_value_heads": 4}]
+    "maker",
+    [{"dtype": torch.float32}, {"hidden_size": 16}, {"head_dim": 4}, {"num_key_value_heads": 4}],
 )
 def test_a_memory_of_another_shape_or_type_is_refused(
     model: PreTrainedModel, maker: dict[str, object]

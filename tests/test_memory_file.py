@@ -26,7 +26,9 @@ B = 6
 CONFIG = FamConfig(block_size=B, memory_segments=1, fam_length=3, sink_tokens=2)
 
 
-def build(dtype: torch.dtype = torch.float32, config: FamConfig = CONFIG, **changes: object) -> PreTrainedModel:
+def build(
+    dtype: torch.dtype = torch.float32, config: FamConfig = CONFIG, **changes: object
+) -> PreTrainedModel:
     return convert(tiny(dtype=dtype, **{"num_hidden_layers": 2, **changes}), config)  # type: ignore[arg-type]
 
 
@@ -146,7 +148,9 @@ def test_a_loaded_memory_does_not_depend_on_the_file(model: PreTrainedModel, sav
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> tuple[PreTrainedModel, Memory, bytes, Path]:
     """A model, its memory, the bytes of the memory's file, and a path to put damaged ones at."""
-    model = build(config=FamConfig(block_size=4, memory_segments=0, fam_length=1), num_hidden_layers=1)
+    model = build(
+        config=FamConfig(block_size=4, memory_segments=0, fam_length=1), num_hidden_layers=1
+    )
     memory = read(model, some_tokens(1, 6))
     memory.next_logits = torch.randn(1, 3)
     path = tmp_path_factory.mktemp("damaged") / "m.fam"
@@ -238,7 +242,9 @@ def test_a_geometry_of_a_later_version_is_refused(model: PreTrainedModel, saved:
 
 
 @pytest.mark.parametrize("field", ["position", "layers", "model", "config"])
-@pytest.mark.parametrize("value", [None, "", "{", "[]", "[-1]", "0", "null", '["a"]', "[1.5]", "[1, 2]"])
+@pytest.mark.parametrize(
+    "value", [None, "", "{", "[]", "[-1]", "0", "null", '["a"]', "[1.5]", "[1, 2]"]
+)
 def test_a_header_that_makes_no_sense_is_refused_though_its_checksum_is_right(
     model: PreTrainedModel, saved: Path, field: str, value: str | None
 ) -> None:
@@ -247,7 +253,12 @@ def test_a_header_that_makes_no_sense_is_refused_though_its_checksum_is_right(
 
 
 def test_another_geometry_is_refused_by_the_name_of_the_field(saved: Path) -> None:
-    for field, value in (("block_size", 7), ("fam_length", 2), ("feedback_norm", "rms"), ("sink_tokens", 0)):
+    for field, value in (
+        ("block_size", 7),
+        ("fam_length", 2),
+        ("feedback_norm", "rms"),
+        ("sink_tokens", 0),
+    ):
         other = build(config=CONFIG.replace(**{field: value}))
         assert f"{field}=" in refusal(lambda other=other: Memory.load(saved, other))  # type: ignore[misc]
 
@@ -343,7 +354,9 @@ def test_a_memory_is_not_saved_as_that_of_another_geometry(saved: Path, tmp_path
 
 
 @pytest.fixture(params=["no space", "safetensors", "interrupt", "at the rename"])
-def broken_disk(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[type[BaseException]]:
+def broken_disk(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[type[BaseException]]:
     """Writing fails half way; gives the exception that is to reach the caller."""
     full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     errors: dict[str, BaseException] = {

@@ -28,9 +28,7 @@ def tokens_of(plan: CallPlan) -> list[list[Token]]:
     """The new tokens of each row, one after another."""
     rows = []
     for row, start in enumerate(plan.starts):
-        columns = [
-            c for c in range(plan.columns) if plan.valid is None or bool(plan.valid[row, c])
-        ]
+        columns = [c for c in range(plan.columns) if plan.valid is None or bool(plan.valid[row, c])]
         rows.append([Token(c, start + i) for i, c in enumerate(columns)])
     return rows
 

@@ -66,9 +66,7 @@ def test_angles_at_a_hundred_million_are_exact(position: int) -> None:
         assert math.isclose(float(tables.sin[0, i]), math.sin(angle), abs_tol=5e-8)
 
 
-@given(
-    st.integers(-(10**8), 10**8), st.integers(0, 2000), st.integers(0, 2000), st.booleans()
-)
+@given(st.integers(-(10**8), 10**8), st.integers(0, 2000), st.integers(0, 2000), st.booleans())
 @settings(max_examples=50, deadline=None)
 def test_scores_depend_on_differences_of_positions_only(
     offset: int, query: int, key: int, interleaved: bool
@@ -109,7 +107,9 @@ def test_half_precision_rounds_once(dtype: torch.dtype) -> None:
     exact = rotated(Rotary(INV_FREQ), x.double(), torch.arange(100) + 10**6)
     assert out.dtype == dtype
     # Half a unit in the last place, and a little for the cos and sin in float32.
-    assert bool(((out.double() - exact).abs() <= exact.abs() * torch.finfo(dtype).eps / 2 + 1e-5).all())
+    assert bool(
+        ((out.double() - exact).abs() <= exact.abs() * torch.finfo(dtype).eps / 2 + 1e-5).all()
+    )
 
 
 # ---- what the probe finds

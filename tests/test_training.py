@@ -44,7 +44,9 @@ def gradients(model: Any) -> Gradients:
 def assert_same(ours: Gradients, theirs: Gradients, atol: float = 1e-9) -> None:
     assert ours.keys() == theirs.keys() and ours
     for name in ours:
-        torch.testing.assert_close(ours[name], theirs[name], rtol=0, atol=atol, msg=lambda m: f"{name}: {m}")  # noqa: B023
+        torch.testing.assert_close(
+            ours[name], theirs[name], rtol=0, atol=atol, msg=lambda m: f"{name}: {m}"
+        )  # noqa: B023
 
 
 def whole(model: Any, ids: Tensor, **options: Any) -> Gradients:
@@ -94,7 +96,12 @@ def test_a_few_steps_lower_the_loss() -> None:
 @pytest.mark.parametrize("first_residual", ["zero", "prompt"])
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"attention": "full", "sink_tokens": 0}, {"feedback_norm": "rms", "previous_fams": 2}, {"fam_length": 0}],
+    [
+        {},
+        {"attention": "full", "sink_tokens": 0},
+        {"feedback_norm": "rms", "previous_fams": 2},
+        {"fam_length": 0},
+    ],
     ids=str,
 )
 def test_checkpointing_changes_no_gradient(first_residual: str, changes: dict[str, Any]) -> None:

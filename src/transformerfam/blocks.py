@@ -218,7 +218,7 @@ class TokenPass:
 
     def _after(self, tokens: KeyValue, anchors: KeyValue, fam: Tensor) -> LayerMemory:
         owned = not torch.is_grad_enabled()
-        return LayerMemory(tokens.keys, tokens.values, anchors.keys, fam, owned)
+        return LayerMemory(tokens.keys, tokens.values, anchors.keys, fam, owned=owned)
 
     def _kept(self, tokens: Tensor, fams: Tensor, anchors: Tensor) -> Tensor:
         """(R, Hk, W', D): the new [past | anchors | fams | block], not moved yet."""

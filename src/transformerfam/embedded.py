@@ -173,6 +173,11 @@ def read_gguf(file: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
             f"{file} cannot be read as a language model ({first_sentence(error)})."
         ) from error
     model.generation_config = read.generation_config
+    for kind in ("bos", "eos", "pad", "unk"):
+        # The model's numbers come from the file; older releases guess the tokenizer's.
+        number = getattr(config, f"{kind}_token_id", None)
+        if isinstance(number, int):
+            setattr(tokenizer, f"{kind}_token", tokenizer.convert_ids_to_tokens(number))
     return model, tokenizer
 
 

@@ -7,7 +7,7 @@ row has read; it knows nothing of text, nor how the tensors in it are computed (
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -73,7 +73,7 @@ class LayerMemory:
     values: Tensor
     anchor_keys: Tensor
     fam: Tensor
-    owned: bool = False
+    owned: bool = field(default=False, kw_only=True)
 
     @classmethod
     def empty(cls, config: FamConfig, key: Tensor, value: Tensor, hidden: Tensor) -> LayerMemory:

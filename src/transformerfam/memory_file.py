@@ -69,6 +69,8 @@ def save_memory(memory: Memory, path: str | os.PathLike[str], model: PreTrainedM
             was there before stays.
     """
     differences = _geometry(model).memory_differences(memory.config)
+    if len(memory) != model.config.get_text_config().num_hidden_layers:
+        differences = ["number of layers"]
     if differences:
         raise MemoryFileError(
             f"Only the model that made a memory can save it; this one has another {differences[0]}."
@@ -127,7 +129,7 @@ def load_memory(path: str | os.PathLike[str], model: PreTrainedModel) -> Memory:
             f"{path} was made with {name}={getattr(config, name)!r}, and the model has "
             f"{name}={getattr(geometry, name)!r}; load the model with the same geometry."
         )
-    if header["model"] != fingerprint(model):
+    if header.get("model") != fingerprint(model):
         raise MemoryFileError(
             f"{path} was made by a model with other weights (or another type or adapter); only the "
             "model that read a text can use its memory of it."
@@ -181,10 +183,10 @@ def _checksum(header: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:
 def _config_of(header: Mapping[str, str], path: str | os.PathLike[str]) -> FamConfig:
     try:
         return FamConfig.from_dict(json.loads(header["config"]))
+    except (KeyError, TypeError, AttributeError, json.JSONDecodeError):
+        raise _damaged(path) from None
     except ValueError as error:
         raise MemoryFileError(f"{path} has a geometry that is not understood: {error}") from None
-    except (KeyError, TypeError, AttributeError):
-        raise _damaged(path) from None
 
 
 def _assemble(
@@ -204,10 +206,7 @@ def _assemble(
             raise _damaged(path)
         if any(t.shape[0] != len(position) for t in on_device.values()):
             raise _damaged(path)
-        found = [
-            LayerMemory(*(on_device[full] for full in layer.values()), owned=True)
-            for layer in names
-        ]
+        found = [LayerMemory(*(on_device[full] for full in layer.values())) for layer in names]
         memory.advance(found, position, next_logits)
     return memory
 
