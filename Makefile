@@ -4,7 +4,7 @@ BIN := .venv/bin
 # Processes for the tests, of one thread each.
 WORKERS ?= 2
 
-.PHONY: demo test slow lint format clean
+.PHONY: demo test slow lint format docs clean
 
 demo: .venv/.installed
 	$(BIN)/fam demo
@@ -23,6 +23,10 @@ lint: .venv/.installed
 format: .venv/.installed
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
+
+# The pages that follow from the code: docs/cli.md and the list in docs/families.md.
+docs: .venv/.installed
+	$(BIN)/python docs/generate.py
 
 clean:
 	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist

@@ -47,7 +47,7 @@ def by_definition(
 
 
 @given(data=st.data())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 def test_backends_equal_the_definition(data: st.DataObject) -> None:
     draw = data.draw
     G, Hk, groups = draw(st.integers(1, 3)), draw(st.integers(1, 2)), draw(st.integers(1, 3))
@@ -70,7 +70,7 @@ def test_backends_equal_the_definition(data: st.DataObject) -> None:
     expected = by_definition(q, k, v, seen, style)
     mask = None if seen is None else AttentionMask(seen)
     for backend in BACKENDS:
-        if backend == "flex" and (D != Dv or D < 2):
+        if backend == "flex" and (Dv != D or D == 1):
             continue  # a limit of FlexAttention itself
         for _ in range(2):  # the mask keeps what it made for the first layer
             out = attend(q, k, v, mask, style, backend)
@@ -88,7 +88,7 @@ def test_gradients_of_the_backends_agree(softcap: float | None) -> None:
         q, k, v, sinks = (torch.randn(s, dtype=torch.float64, requires_grad=True) for s in shapes)
         seen = torch.ones(2, 1, 3, 5).tril(1).bool()
         style = AttentionStyle(0.3, softcap=softcap, sink_logits=sinks)
-        attend(q, k, v, AttentionMask(seen), style, backend).square().sum().backward()  # type: ignore[arg-type]
+        attend(q, k, v, AttentionMask(seen), style, backend).square().sum().backward()
         found.append([q.grad, k.grad, v.grad, sinks.grad])
     for ours, theirs in zip(*found, strict=True):
         assert ours is not None and bool(ours.abs().max() > 0)

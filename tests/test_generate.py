@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import string
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -111,6 +112,15 @@ def test_training_mode_with_checkpointing(model: PreTrainedModel) -> None:
     (enable or training.gradient_checkpointing_enable)()
     ids = some_tokens(1, B + 2)
     assert torch.equal(training.generate(ids, **GREEDY), greedily(model, ids))
+
+
+def test_threads_share_a_model(model: PreTrainedModel) -> None:
+    """As in a server: nothing of a stream is kept on the model."""
+    texts = [some_tokens(1, 3 + turn, seed=turn) for turn in range(4)]
+    expected = [model.generate(text, **GREEDY) for text in texts]
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(lambda text: model.generate(text, **GREEDY), texts))
+    assert all(torch.equal(a, b) for a, b in zip(together, expected, strict=True))
 
 
 # ---- rows that end early

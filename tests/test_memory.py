@@ -1,4 +1,4 @@
-"""A memory is a value of fixed size: whole, independent of its copies, and refused where it does not fit."""
+"""A memory is whole, of fixed size, independent of its copies, and refused where it does not fit."""
 
 from __future__ import annotations
 
@@ -73,6 +73,30 @@ def test_its_bytes_follow_from_the_geometry_alone(name: str) -> None:
     for tokens in (1, B - 1, 3 * B + 2, 1, 7 * B, 1):
         _, memory = read(model, some_tokens(rows, tokens), memory)
         assert memory.nbytes == expected
+
+
+@pytest.mark.parametrize(
+    "attention",
+    [
+        "bswa",
+        pytest.param(
+            "full", marks=pytest.mark.xfail(reason="all that is kept is rounded at every block")
+        ),
+    ],
+)
+def test_keys_in_half_precision_do_not_wear_off(attention: str) -> None:
+    """The frame moves on with every block; what is kept must not be rounded again every time."""
+    config = FamConfig.from_dict(
+        {"block_size": 2, "memory_segments": 1, "fam_length": 0, "attention": attention}
+    )
+    ids, found = some_tokens(1, 200), []
+    for dtype in (torch.bfloat16, torch.float32):
+        model, memory = convert(tiny(dtype=dtype, num_hidden_layers=1), config), None
+        for piece in ids.split(2, dim=1):
+            _, memory = read(model, piece, memory)
+        assert memory is not None
+        found.append(dict(memory.tensors())["0.keys"][:, :, :2].float())
+    assert float((found[0] - found[1]).norm() / found[1].norm()) < 0.015
 
 
 def test_position_counts_the_tokens_of_each_row_without_padding(model: PreTrainedModel) -> None:
@@ -182,7 +206,9 @@ def test_what_transformers_asks_of_a_cache_changes_rows_in_place(model: PreTrain
 
 def test_copies_by_python_itself(model: PreTrainedModel) -> None:
     _, memory = read(model, some_tokens(2, B + 1))
-    for twin in (copy.deepcopy(memory), pickle.loads(pickle.dumps(memory)), memory.to("cpu")):
+    _, memory = read(model, some_tokens(2, 1), memory)
+    copies = (copy.copy(memory), copy.deepcopy(memory), pickle.loads(pickle.dumps(memory)))
+    for twin in (*copies, memory.to("cpu")):
         assert same(contents(twin), contents(memory))
         assert (twin.position, twin.config) == (memory.position, memory.config)
         before = contents(memory)
@@ -223,7 +249,7 @@ def failing(module: nn.Module, error: BaseException, calls: int) -> Iterator[Non
 
 @pytest.mark.parametrize("error", [RuntimeError("out of memory"), KeyboardInterrupt()])
 @pytest.mark.parametrize("name", ["sinks", "bswa", "full", "longformer", "swa with sinks"])
-@pytest.mark.parametrize("before", [0, 2, B, 2 * B + 3])
+@pytest.mark.parametrize("before", [0, 2, 2 * B])
 def test_a_failed_call_leaves_the_memory_as_it_was(
     name: str, before: int, error: BaseException
 ) -> None:
@@ -366,7 +392,7 @@ def test_a_memory_of_another_shape_or_type_is_refused(
 
 def test_other_caches_are_refused(model: PreTrainedModel) -> None:
     for cache in (DynamicCache(), [(torch.zeros(1), torch.zeros(1))], "memory"):
-        with pytest.raises(ValueError, match="reads with a transformerfam.Memory, not a"):
+        with pytest.raises(ValueError, match=r"reads with a transformerfam\.Memory, not a"):
             model(some_tokens(1, 2), past_key_values=cache)
 
 

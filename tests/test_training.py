@@ -43,10 +43,8 @@ def gradients(model: Any) -> Gradients:
 
 def assert_same(ours: Gradients, theirs: Gradients, atol: float = 1e-9) -> None:
     assert ours.keys() == theirs.keys() and ours
-    for name in ours:
-        torch.testing.assert_close(
-            ours[name], theirs[name], rtol=0, atol=atol, msg=lambda m: f"{name}: {m}"
-        )  # noqa: B023
+    far = {name: float((ours[name] - theirs[name]).abs().max()) for name in ours}
+    assert max(far.values()) <= atol, {name: error for name, error in far.items() if error > atol}
 
 
 def whole(model: Any, ids: Tensor, **options: Any) -> Gradients:
@@ -127,9 +125,10 @@ def test_checkpointing_of_rows_of_different_lengths(
 
 @pytest.mark.parametrize("family", ["Gemma 3 (text)", "GPT-NeoX", "Mixtral", "Cohere 2"])
 def test_checkpointing_in_other_families(family: str) -> None:
-    ids, options = some_tokens(1, LENGTH), {"family": family, "dtype": torch.float32}
-    expected = whole(build(**options), ids)
-    assert_same(whole(checkpointed(build(**options)), ids), expected, atol=1e-4)
+    ids = some_tokens(1, LENGTH)
+    expected = whole(build(family=family, dtype=torch.float32), ids)
+    model = checkpointed(build(family=family, dtype=torch.float32))
+    assert_same(whole(model, ids), expected, atol=1e-4)
 
 
 def test_checkpointing_with_a_memory_that_is_carried() -> None:
@@ -194,8 +193,10 @@ def test_detaching_truncates_backpropagation() -> None:
         memory = memory.detach() if detach else memory
         loss = model(ids[:, B:], past_key_values=memory).logits.sum()
         (gradient,) = torch.autograd.grad(loss, embeds, allow_unused=True)
-        assert (gradient is None) == detach
-    assert gradient is not None and bool(gradient.abs().max() > 0)
+        if detach:
+            assert gradient is None
+        else:
+            assert gradient is not None and bool(gradient.any())
     truncated = carried(model, ids, B, detach=True)
     through = carried(model, ids, B)
     name = "model.layers.0.mlp.up_proj.weight"
@@ -206,9 +207,10 @@ def test_the_prompt_learns_only_where_a_stream_begins() -> None:
     model, ids = build(), some_tokens(1, 2 * B)
     memory = model(ids[:, :B]).past_key_values.detach()
     model(ids[:, B:], past_key_values=memory).logits.sum().backward()
-    assert model.model.fam_prompt.weight.grad is None
+    prompt = "model.fam_prompt.weight"
+    assert prompt not in gradients(model)
     model(ids).logits.sum().backward()
-    assert bool(model.model.fam_prompt.weight.grad.abs().max() > 0)
+    assert bool(gradients(model)[prompt].any())
 
 
 def test_embeddings_get_gradients_through_feedback_alone() -> None:
@@ -245,7 +247,7 @@ def test_checkpointing_repeats_the_same_dropout() -> None:
     for model in (build(attention_dropout=0.3).train(), checkpointed(build(attention_dropout=0.3))):
         torch.manual_seed(0)
         found.append(whole(model, ids))
-    assert_same(*found)
+    assert_same(found[0], found[1])
 
 
 # ---- adapters
@@ -322,7 +324,7 @@ def test_an_adapter_with_checkpointing_has_the_same_gradients() -> None:
                 if "lora_B" in name:
                     parameter.add_(0.1)
         found.append(whole(checkpointed(model) if checkpoint else model, ids))
-    assert_same(*found)
+    assert_same(found[0], found[1])
     assert any("fam_prompt" in name for name in found[0])
 
 

@@ -46,7 +46,7 @@ class TokenPass:
             before = LayerMemory.empty(self.config, key, value, self.hidden)
         before = before.fit(key, value, self.hidden)
         anchors = self._gather_anchors(before, new)
-        tokens = self._tables("tokens", lambda: plan.slots, query)
+        tokens = self._tables("tokens", self.call.token_positions, query)
         query, new = rotate(query, tokens), KeyValue(rotate(key, tokens), value)
         within_block = plan.blocks == 1 and not any(plan.finished)
         read = self._within_block if within_block else self._over_blocks
@@ -210,8 +210,9 @@ class TokenPass:
         self, tokens: KeyValue, fams: KeyValue, anchors: KeyValue, fam: Tensor
     ) -> LayerMemory:
         """The state at the end of the call, relative to each row's new current block."""
-        moved = self._tables("moved", self.call.frame_shift, tokens.keys)
-        keys = rotate(self._kept(tokens.keys, fams.keys, anchors.keys), moved)
+        keys = self._kept(tokens.keys, fams.keys, anchors.keys)
+        if self.call.frame_moves:
+            keys = rotate(keys, self._tables("moved", self.call.frame_shift, keys))
         keys = self._with_anchors(keys, anchors.keys, moved=True)
         values = self._kept(tokens.values, fams.values, anchors.values)
         return self._after(KeyValue(keys, values), anchors, fam)

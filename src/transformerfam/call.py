@@ -98,6 +98,23 @@ class Call:
             :, None
         ]
 
+    @property
+    def frame_moves(self) -> bool:
+        """Whether the frame follows the stream.
+
+        Under full attention it stands still at the start: keys that are kept for ever would be
+        rotated again at every block, and round each time.
+        """
+        return self.config.past_length is not None
+
+    def in_frame(self, positions: Tensor) -> Tensor:
+        """Rotary positions from positions relative to the start of the call's first block."""
+        return positions if self.frame_moves else positions + self.frame_starts()
+
+    def token_positions(self) -> Tensor:
+        """(R or 1, T) rotary position of each new token."""
+        return self.in_frame(self.plan.slots)
+
     def frame_shift(self) -> Tensor:
         """(R or 1, 1): how far everything moves back when the frame moves on to the next call."""
         finished = self.plan.finished
@@ -111,10 +128,10 @@ class Call:
         B, N = self.config.block_size, self.config.fam_length
         slot = torch.arange(N, dtype=torch.float64)[None]
         if self.config.fam_position == "zero":
-            return (-self.frame_starts()).expand(-1, N)
+            return self.in_frame(-self.frame_starts()).expand(-1, N)
         if self.config.fam_position == "float":
-            return block * B - 1 + (slot + 1) / (N + 1)
-        return block * B - N + slot
+            return self.in_frame(block * B - 1 + (slot + 1) / (N + 1))
+        return self.in_frame(block * B - N + slot)
 
     def anchor_positions(self, block: int) -> Tensor:
         """(R or 1, A) frame position at which block j of the call sees the anchors."""

@@ -11,6 +11,7 @@ import os
 import pkgutil
 import shutil
 import sys
+import textwrap
 import traceback
 import warnings
 from collections.abc import Sequence
@@ -147,10 +148,13 @@ def docs() -> str:
 class _Formatter(argparse.HelpFormatter):
     """Fills a paragraph to the width; leaves text of several lines as it was written."""
 
+    def _split_lines(self, text: str, width: int) -> list[str]:
+        # The default would break --sink-tokens after its hyphen.
+        return textwrap.wrap(text, width, break_on_hyphens=False)
+
     def _fill_text(self, text: str, width: int, indent: str) -> str:
-        if "\n" not in text:
-            return super()._fill_text(text, width, indent)
-        return "\n".join(indent + line for line in text.splitlines())
+        lines = text.splitlines() if "\n" in text else self._split_lines(text, width)
+        return "\n".join(indent + line for line in lines)
 
 
 def _module(name: str) -> ModuleType:

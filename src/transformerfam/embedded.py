@@ -166,15 +166,16 @@ def read_gguf(file: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
                 file.parent, gguf_file=file.name, dtype=torch.float32
             )
             config = deepcopy(read.config)
-            del config.quantization_config
+            config.__dict__.pop("quantization_config", None)
             model = type(read).from_pretrained(None, config=config, state_dict=read.state_dict())
     except Exception as error:  # whatever a damaged or unknown file makes the reader raise
         raise ModelError(
             f"{file} cannot be read as a language model ({first_sentence(error)})."
         ) from error
     model.generation_config = read.generation_config
+    # Older releases of transformers guess these two, wrongly; the model's own come from the file.
+    tokenizer.clean_up_tokenization_spaces = False
     for kind in ("bos", "eos", "pad", "unk"):
-        # The model's numbers come from the file; older releases guess the tokenizer's.
         number = getattr(config, f"{kind}_token_id", None)
         if isinstance(number, int):
             setattr(tokenizer, f"{kind}_token", tokenizer.convert_ids_to_tokens(number))

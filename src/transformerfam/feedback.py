@@ -91,9 +91,7 @@ class Recurrence:
         if self.config.first_residual == "zero":
             # Af = attention: the layer gets zeros for its residual, and attention the queries, keys
             # and values of the prompt.
-            prompt = Projection()
-            self.reenter(risen, prompt)
-            compress.given = prompt.own
+            compress.given = self._project(risen)
             risen = torch.zeros_like(risen)
         updated = self._bounded(self.reenter(risen, compress))
         rises = put(updated, rows, self.plan.rows)
@@ -104,9 +102,7 @@ class Recurrence:
 
     def _project_last(self, fam: Tensor, made: list[KeyValue]) -> None:
         """Keys and values of each row's newest F, which no update has projected yet."""
-        latest = Projection()
-        self.reenter(fam, latest)
-        _, key, value = latest.own
+        _, key, value = self._project(fam)
         for blocks in sorted(set(self.plan.finished) - {0}):
             new = KeyValue(rotate(key, self._tables(blocks, key)), value)
             if blocks > len(made):
@@ -115,6 +111,14 @@ class Recurrence:
                 rows = self.plan.rows_having_finished(blocks)
                 newest = new.map(partial(take, rows=rows))
                 made[blocks - 1] = made[blocks - 1].zip(newest, partial(_merged, rows))
+
+    def _project(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The layer's queries, keys and values of some rows, (R', H, N, D) each, not rotated."""
+        try:
+            self.reenter(rows, _stop_with_projections)
+        except _Projected as projected:
+            return projected.query, projected.key, projected.value
+        raise RuntimeError("the layer called no attention")
 
     def _fam_pass(self, j: int, rows: Tensor | None) -> FamPass:
         B = self.config.block_size
@@ -181,14 +185,15 @@ class FamPass:
         )
 
 
-class Projection:
-    """Takes a layer's queries, keys and values of some rows and lets nothing through."""
+class _Projected(Exception):
+    """Leaves a layer at its attention: the rest of it would be computed for nothing."""
 
-    def __init__(self) -> None:
-        self.own: tuple[Tensor, Tensor, Tensor]
+    def __init__(self, query: Tensor, key: Tensor, value: Tensor) -> None:
+        super().__init__()
+        self.query, self.key, self.value = query, key, value
 
-    def __call__(self, query: Tensor, key: Tensor, value: Tensor, style: AttentionStyle) -> Tensor:
-        """An `AttentionPass` that answers with zeros."""
-        self.own = (query, key, value)
-        rows, heads, length, _ = query.shape
-        return query.new_zeros(rows, length, heads, value.shape[-1])
+
+def _stop_with_projections(
+    query: Tensor, key: Tensor, value: Tensor, style: AttentionStyle
+) -> Tensor:
+    raise _Projected(query, key, value)

@@ -247,6 +247,19 @@ class Memory(Cache):
         new.next_logits = None if self.next_logits is None else change(self.next_logits)
         return new
 
+    def __copy__(self) -> Memory:
+        """Not a second name for the same tensors, which are filled in place."""
+        return self.fork()
+
+    def undo(self) -> Callable[[], None]:
+        """A function that puts the memory back to where it is now. Costs nothing."""
+        before = (self.position, self.layers_memory, self.next_logits)
+
+        def put_back() -> None:
+            self.position, self.layers_memory, self.next_logits = before
+
+        return put_back
+
     def become(self, other: Memory) -> None:
         """Take over the state of another memory of the same geometry."""
         self.position = other.position

@@ -1,143 +1,30 @@
-"""What a converted model does differently: its decoder layers, its decoder, and `generate`.
+"""What a converted model does differently: its decoder reads with a `Memory`, and so does `generate`.
 
-Each class here is mixed in before the family's own class of the same part, and adds to it what
-TransformerFAM needs: the layer lets FAM rows re-enter it, the decoder takes and returns a `Memory`.
-The computation itself is in `blocks` and `feedback`.
+Each class here is mixed in before the family's own class of the same part. The decoder's layers are in
+`layer`; what they compute is in `blocks` and `feedback`.
 """
 
 from __future__ import annotations
 
-import copy
 import inspect
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from functools import cache, wraps
+from collections.abc import Callable
+from functools import wraps
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.generation import GenerationMixin
 from transformers.modeling_outputs import ModelOutput
 
-# Not public, but the only way to tell transformers' recording hooks which calls are not tokens.
-from transformers.utils.output_capturing import _active_collector
-
-from transformerfam.attention import AttentionStyle
-from transformerfam.blocks import TokenPass
-from transformerfam.call import AttentionPass, Call
+from transformerfam.call import Call
 from transformerfam.config import FamConfig
+from transformerfam.layer import ATTENTION_NAME, FamLayer, Picklable, mixed
 from transformerfam.memory import Memory
 from transformerfam.plan import CallPlan
-from transformerfam.probe import Probe, find_rotaries
+from transformerfam.probe import find_rotaries
 from transformerfam.rotary import Rotary
-
-ATTENTION_NAME = "transformerfam"
-
-
-def fam_attention(
-    module: torch.nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Any,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    softcap: float | None = None,
-    s_aux: Tensor | None = None,
-    sliding_window: int | None = None,
-    **_: Any,
-) -> tuple[Tensor, None]:
-    """The attention function registered with transformers under `ATTENTION_NAME`."""
-    if not callable(attention_mask):
-        raise RuntimeError("Attention of a TransformerFAM was called outside of its decoder.")
-    style = AttentionStyle(
-        scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
-        dropout=dropout,
-        softcap=softcap,
-        sink_logits=s_aux,
-        sliding_window=sliding_window,
-    )
-    return attention_mask(query, key, value, style), None
-
-
-AttentionInterface.register(ATTENTION_NAME, fam_attention)
-# Masks are made by the plan of each call; without this entry transformers drops padding masks.
-AttentionMaskInterface.register(ATTENTION_NAME, lambda *args, **kwargs: None)
-
-
-# ---- the decoder layer
-
-
-class Picklable:
-    """An object of a class made by `mixed`: a pickle names the family's class and the mixin."""
-
-    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        """Rebuild by mixing again; the rest is the object's attributes."""
-        mixin, base = type(self).__bases__
-        return _blank, (mixin, base), self.__dict__
-
-
-def _blank(mixin: Any, base: Any) -> Any:
-    made = mixed(mixin, base)
-    return made.__new__(made)
-
-
-class FamLayer(Picklable):
-    """A decoder layer that FAM rows can re-enter. Mixed in before the family's own layer class."""
-
-    fam_index: int
-
-    def forward(
-        self, hidden_states: Tensor, *args: Any, fam_call: Call | Probe | None = None, **kwargs: Any
-    ) -> Any:
-        """The family's layer, with a pass of `fam_call` in place of the attention mask."""
-        if fam_call is None:
-            raise RuntimeError("A layer of a TransformerFAM was called outside of its decoder.")
-        plain = super().forward  # type: ignore[misc]  # of the family's layer
-        kwargs.update(past_key_values=None, use_cache=False)
-
-        def reenter(rows: Tensor, attention: AttentionPass) -> Tensor:
-            # Past the checkpointing wrapper and past forward hooks: part of the same forward.
-            own = {name: _for_rows(name, value, rows) for name, value in kwargs.items()}
-            own["attention_mask"] = attention
-            with _nothing_recorded():
-                out = plain(rows, *args, **own)
-            return out[0] if isinstance(out, tuple) else out
-
-        if isinstance(fam_call, Probe):
-            tokens: AttentionPass = fam_call.enter(self.fam_index, hidden_states)
-        else:
-            tokens = TokenPass(fam_call, self.fam_index, hidden_states, reenter)
-        own = {**kwargs, "attention_mask": tokens}
-        return plain(hidden_states, *args, **own)
-
-
-@contextmanager
-def _nothing_recorded() -> Iterator[None]:
-    """Router logits and the like, which transformers records by hooks, are those of tokens alone."""
-    recording = _active_collector.get()
-    if recording is None:
-        yield
-        return
-    before = _active_collector.set(None)
-    try:
-        yield
-    finally:
-        _active_collector.reset(before)
-
-
-def _for_rows(name: str, value: Any, rows: Tensor) -> Any:
-    """A layer's keyword for FAM rows in place of tokens: all stand at position 0, see rotary.py."""
-    if name not in ("position_embeddings", "position_ids"):
-        return value
-    if isinstance(value, Tensor):
-        return value[:1, :1].expand(rows.shape[0], rows.shape[1], *value.shape[2:])
-    if isinstance(value, (tuple, list)):
-        return type(value)(_for_rows(name, v, rows) for v in value)
-    return value
-
 
 # ---- the decoder
 
@@ -375,33 +262,18 @@ def all_or_nothing(forward: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(forward)
     def run(self: Any, *args: Any, **kwargs: Any) -> Any:
         memory = signature.bind_partial(self, *args, **kwargs).arguments.get("past_key_values")
-        before = copy.copy(memory)
+        undo = memory.undo() if isinstance(memory, Memory) else None
         try:
             return forward(self, *args, **kwargs)
         except BaseException:
-            if isinstance(memory, Memory) and before is not None:
-                memory.become(before)
+            if undo is not None:
+                undo()
             raise
 
     return run
 
 
 # ---- putting the classes on a model
-
-
-def _mix(mixin: Any, base: Any) -> Any:
-    """`base` with `mixin` before it.
-
-    Under its own name: FSDP, device maps and the recording of hidden states go by class names.
-    """
-    return type(
-        base.__name__,
-        (mixin, base),
-        {"__module__": base.__module__, "__qualname__": base.__qualname__},
-    )
-
-
-mixed: Callable[[Any, Any], Any] = cache(_mix)
 
 
 def install(model: PreTrainedModel) -> None:

@@ -171,10 +171,7 @@ class TextSource:
         return text, self._not_text(start + len(good)) if nul else None
 
     def _not_text(self, place: int) -> UserError:
-        return UserError(
-            f"{self.name} is not a text file: it has a NUL byte at byte {place:,}; "
-            "convert it to UTF-8 text first."
-        )
+        return UserError(f"{self.name} is not a text file: it has a NUL byte at byte {place:,}.")
 
 
 def _reason(error: Exception) -> str:

@@ -21,7 +21,7 @@ HELP = "talk with a model that keeps the whole conversation in one memory"
 
 COMMANDS = """\
   /save FILE   save the memory
-  /load FILE   go on with a saved memory of the same geometry
+  /load FILE   go on with the conversation in a saved memory
   /reset       forget everything
   /info        what the memory holds
   /quit        leave, as the end of the input does
@@ -31,7 +31,8 @@ in the conversation:
 {COMMANDS}
 examples:
   fam read book.txt --save book.fam
-  fam chat --load book.fam
+  fam chat --load book.fam --save talk.fam
+  fam chat --load talk.fam --continue
   echo "Who is the captain?" | fam chat --load book.fam --temperature 0
 """
 
@@ -50,6 +51,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.add_quiet(parser)
     options.add_sampling(parser, max_new_tokens=400)
     options.add_memory(parser)
+    parser.add_argument(
+        "--continue",
+        dest="continues",
+        action="store_true",
+        help="the memory of --load holds a conversation: go on with it. Otherwise what was read is a "
+        "text, and a conversation about it begins, with the template's system message if it has one",
+    )
     options.add_model(parser)
     options.add_geometry(parser)
 
@@ -59,6 +67,8 @@ def run(args: argparse.Namespace) -> int:
     from transformerfam.commands import _session
     from transformerfam.turns import Turns
 
+    if args.continues and (not args.load or args.system is not None):
+        raise UserError("--continue goes on with the conversation of --load, without a --system.")
     sampling = options.sampling(args)
     _session.check_can_save(args.save)
     progress = report.Progress(quiet=args.quiet)
@@ -69,12 +79,15 @@ def run(args: argparse.Namespace) -> int:
             f"{session.name} has no chat template; turns are put to it as questions and answers."
         )
     chat = Chat(session, turns, sampling, args.max_new_tokens, progress)
+    chat.first = not args.continues
     try:
         code = chat.run()
     except KeyboardInterrupt:
         print()
         code = _session.INTERRUPTED
-    if args.save:
+    if args.save and chat.torn:
+        progress.note("Stopped in the middle of a turn, so nothing was saved.")
+    elif args.save:
         session.memory.save(args.save, session.model)
         progress.note(f"saved {args.save}")
     return code
@@ -94,8 +107,10 @@ class Chat:
         self.session, self.turns, self.sampling = session, turns, sampling
         self.max_new_tokens, self.progress = max_new_tokens, progress
         self.terminal = sys.stdin is not None and sys.stdin.isatty()
-        # A memory that is taken up may hold a book or a talk; what is said now begins a new talk.
+        # Whether the next turn begins a conversation; what was read before is then a text.
         self.first = True
+        # Set while the model works: stopped there, the memory may have read half of something.
+        self.torn = False
         self._commands: dict[str, Callable[[str], None]] = {
             "/save": self._save,
             "/load": self._load,
@@ -136,6 +151,7 @@ class Chat:
         from transformerfam.commands._session import StopOnInterrupt
         from transformerfam.turns import answer
 
+        self.torn = True
         with StopOnInterrupt() as stop:
             for part in answer(
                 self.session.model,
@@ -149,7 +165,7 @@ class Chat:
                 stopped=lambda: stop.requested,
             ):
                 print(part, end="", flush=True)
-        self.first = False
+        self.first = self.torn = False
         print("\n", flush=True)
 
     # ---- commands
@@ -177,7 +193,8 @@ class Chat:
 
         if not path:
             raise UserError("/load needs the name of a file.")
-        self.session.memory, self.first = Memory.load(path, self.session.model), True
+        self.session.memory = Memory.load(path, self.session.model)
+        self.first = self.session.memory.position[0] == 0
         self._say(f"loaded {path}, a memory of {self.session.memory.position[0]:,} tokens")
 
     def _reset(self, _: str) -> None:

@@ -235,6 +235,7 @@ class Reading:
         if self.args.continues:
             self._skip(tokens, memory.position[0])
         tokens = islice(tokens, self.args.max_tokens)
+        self.progress.passing("reading ...")
         started = time.monotonic()
         for chunk in read(self.session.model, self._noted(tokens), memory):
             self.tally.add(chunk)
@@ -266,6 +267,7 @@ class Reading:
                 variant.add(chunk.position, chunk.losses.tolist())
                 variant.tokens += chunk.tokens
             else:
+                self.progress.passing(f"{chunk.position:,} tokens   {variant.name} ...")
                 variant.read(self._taken)
         self._taken.clear()
 
@@ -315,7 +317,8 @@ class Reading:
         if tally.loss is not None:
             perplexity = report.perplexity(tally.loss)
             pairs.append(("loss", f"{tally.loss:.3f} nats a token (perplexity {perplexity:,.1f})"))
-        pairs.append(("time", f"{report.duration(tally.seconds)}, {tally.rate:,.0f} tokens/s"))
+        pace = "for all ways below" if self.variants else f"{tally.rate:,.0f} tokens/s"
+        pairs.append(("time", f"{report.duration(tally.seconds)}, {pace}"))
         pairs.append(("memory", report.size(session.memory.nbytes) + self._growth()))
         if tally.resident is not None:
             pairs.append(("RAM", f"{report.size(tally.resident)} for the whole process"))
