@@ -413,19 +413,7 @@ def small(name: str) -> PreTrainedModel:
     return getattr(transformers, name)(config).eval()
 
 
-KNOWN = {
-    "DogeForCausalLM": "the message ends without a full stop",
-    "BeamForCausalLM": "is converted and then cannot run",
-}
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(n, marks=pytest.mark.xfail(reason=KNOWN[n])) if n in KNOWN else n
-        for n in REFUSED
-    ],
-)
+@pytest.mark.parametrize("name", REFUSED)
 def test_what_cannot_be_converted_is_refused_by_name_and_left_alone(name: str) -> None:
     if not hasattr(transformers, name):
         pytest.skip("this version of transformers does not have it")

@@ -18,7 +18,7 @@ ORDER = [
     *("errors", "extras", "files", "report"),
     *("config", "masks", "rotary", "cost"),
     *("attention", "memory", "memory_file", "plan", "indexing", "call", "feedback", "blocks"),
-    *("probe", "modeling", "auto", "conversion", "embedded", "models"),
+    *("probe", "layer", "modeling", "auto", "conversion", "embedded", "models"),
     *("text", "stream", "turns", "plots", "benchmark"),
     *("commands", "cli", "__main__"),
 ]
@@ -112,14 +112,7 @@ def test_light_modules_bring_nothing_heavy(path: Path) -> None:
                 assert rest.partition(".")[0] in {*LIGHT, "__version__"}, f"{path.name}: {rest}"
 
 
-TOO_LONG = pytest.mark.xfail(reason="to be split: the layer and decoder, and `generate`")
-
-
-@pytest.mark.parametrize(
-    "path",
-    [pytest.param(p, marks=TOO_LONG) if p.name == "modeling.py" else p for p in FILES],
-    ids=lambda p: str(p.relative_to(PACKAGE)),
-)
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
 def test_files_and_functions_fit_a_reader(path: Path) -> None:
     source = path.read_text()
     name = str(path.relative_to(PACKAGE))

@@ -75,15 +75,7 @@ def test_its_bytes_follow_from_the_geometry_alone(name: str) -> None:
         assert memory.nbytes == expected
 
 
-@pytest.mark.parametrize(
-    "attention",
-    [
-        "bswa",
-        pytest.param(
-            "full", marks=pytest.mark.xfail(reason="all that is kept is rounded at every block")
-        ),
-    ],
-)
+@pytest.mark.parametrize("attention", ["bswa", "full"])
 def test_keys_in_half_precision_do_not_wear_off(attention: str) -> None:
     """The frame moves on with every block; what is kept must not be rounded again every time."""
     config = FamConfig.from_dict(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -123,6 +124,19 @@ def test_anchors_are_found_in_the_call_that_brings_them(plan: CallPlan) -> None:
 def test_a_query_sees_what_the_pattern_says_and_nothing_twice(
     plan: CallPlan, sliding_window: int | None
 ) -> None:
+    check_visible(plan, sliding_window)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_far_into_a_stream_whole_blocks_look_alike(name: str) -> None:
+    config = CONFIGS[name]
+    for block in range(9):
+        start = block * config.block_size
+        past = start if config.past_length is None else config.past_length
+        check_visible(CallPlan(config, (start,) * 2, 3 * config.block_size, None, past), None)
+
+
+def check_visible(plan: CallPlan, sliding_window: int | None) -> None:
     config, B = plan.config, plan.config.block_size
     A, kN = len(config.anchor_positions), config.previous_fams * config.fam_length
     P, own = plan.past_used, plan.own_used

@@ -86,7 +86,8 @@ class Recurrence:
         """Block 0 of the stream: the FAM input is the prompt as it has risen to this layer (B.1)."""
         risen = self.call.rising[self.layer]
         assert risen is not None, "the layer below has not read block 0"
-        risen = take(risen, rows)
+        # A model may be split over devices between two layers.
+        risen = take(risen, rows).to(self.blocks.keys.device)
         compress = self._fam_pass(j, rows)
         if self.config.first_residual == "zero":
             # Af = attention: the layer gets zeros for its residual, and attention the queries, keys

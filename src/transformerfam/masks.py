@@ -1,4 +1,4 @@
-"""Which query sees which key (SPEC sections 2 and 3), as predicates of a few lines.
+"""Which query sees which key (sections 2 and 3 of docs/method.md), as predicates of a few lines.
 
 A predicate takes the absolute positions of a query and of a key, whole numbers or tensors of them,
 and says whether the query sees the key. The same predicates make the dense masks, the block masks

@@ -50,11 +50,12 @@ def open_session(args: argparse.Namespace, progress: Progress) -> Session:
     """
     load = getattr(args, "load", None)
     saved = saved_config(load) if load else None
-    name = args.model or "smollm2"
+    from transformerfam import models
+
+    name = args.model or models.EMBEDDED
     progress.passing(f"loading {name} ...")
     from transformers.utils import logging
 
-    from transformerfam import models
     from transformerfam.conversion import reconfigure
     from transformerfam.memory import Memory
 
