@@ -399,6 +399,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
         {"text_config": _SMALL, "vision_config": _IMAGES, "mm_tokens_per_image": 4},
         "reads more than text",
     ),
+    "NanoChatForCausalLM": ("NanoChatConfig", {}, "layer 0 of this nanochat model are not rotary"),
     "DiffLlamaForCausalLM": ("DiffLlamaConfig", {}, "diffllama"),
     "DogeForCausalLM": ("DogeConfig", {}, "doge"),
     "BeamForCausalLM": ("BeamConfig", {}, "beam"),

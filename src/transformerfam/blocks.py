@@ -155,7 +155,8 @@ class TokenPass:
         plan, nb, L = self.plan, self.plan.blocks, self.plan.queries
         window = style.sliding_window
         mask = self.call.once(
-            f"mask {window}", lambda: AttentionMask(plan.visible(window).to(query.device))
+            ("mask", window, query.device),
+            lambda: AttentionMask(plan.visible(window).to(query.device)),
         )
         in_place = plan.whole_blocks or (nb == 1 and plan.valid is None)
         if not in_place:

@@ -82,11 +82,11 @@ class Call:
     ) -> Tables | None:
         """Rotation by `positions`, shared by the layers of the same rotary."""
         rotary = self.rotaries[layer]
-        return self.once((id(rotary), name), lambda: rotary.tables(positions(), like))
+        return self.once((id(rotary), name, like.device), lambda: rotary.tables(positions(), like))
 
     def index(self, name: str, make: Callable[[], Tensor], like: Tensor) -> Tensor:
         """An index tensor of the plan, on the device of `like`."""
-        return self.once(name, lambda: make().to(like.device))
+        return self.once((name, like.device), lambda: make().to(like.device))
 
     # ---- positions in the frame
 

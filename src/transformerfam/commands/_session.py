@@ -112,26 +112,14 @@ def describe(config: FamConfig) -> str:
 # ---- memories in files
 
 
-def memory_header(path: str | os.PathLike[str]) -> dict[str, str] | None:
-    """The header of a saved memory, without its tensors; None if the file is no memory."""
-    from safetensors import SafetensorError, safe_open
-
-    from transformerfam.memory_file import FORMAT
-
-    try:
-        with safe_open(str(path), framework="pt") as file:
-            header = dict(file.metadata() or {})
-    except (OSError, SafetensorError, ValueError):
-        return None
-    return header if header.get("format") == FORMAT else None
-
-
 def saved_config(path: str) -> FamConfig | None:
     """The geometry of a saved memory; None leaves it to `Memory.load` to say what is wrong.
 
     Raises:
         UserError: if there is no such file, before a model is loaded for nothing.
     """
+    from transformerfam.memory_file import memory_header
+
     if not Path(path).exists():
         raise UserError(f"There is no memory file {path}.")
     try:
@@ -148,6 +136,8 @@ def check_can_save(path: str | None) -> None:
     """
     if path is None:
         return
+    from transformerfam.memory_file import memory_header
+
     target = Path(path)
     if target.is_dir():
         raise UserError(f"{path} is a folder; name a file for the memory.")

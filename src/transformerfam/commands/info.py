@@ -52,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Look and tell."""
     if args.model and Path(args.model).is_file():
-        from transformerfam.commands._session import memory_header
+        from transformerfam.memory_file import memory_header
 
         header = memory_header(args.model)
         if header is not None:
