@@ -34,6 +34,7 @@ class Reader:
         prefill_seconds: length -> seconds for all tokens up to it.
         decode_seconds: length -> median seconds for one more token at it.
         state_bytes: length -> bytes that must be kept to go on from it.
+        call_seconds: what each call took, in order.
         peak_bytes: length -> most bytes in use above the weights while reading up to it: the state
             and what a call needs besides; None where the system does not say.
     """
@@ -45,8 +46,16 @@ class Reader:
     decode_seconds: dict[int, float] = field(default_factory=dict)
     state_bytes: dict[int, int] = field(default_factory=dict)
     peak_bytes: dict[int, int | None] = field(default_factory=dict)
-    spent: float = 0.0
+    call_seconds: list[float] = field(default_factory=list)
     peak: int | None = 0
+
+    def against(self, other: Reader) -> float:
+        """Median over the calls that both made: how many times as long as `other` it took.
+
+        A call that was disturbed by something else on the machine does not count for more.
+        """
+        pairs = zip(self.call_seconds, other.call_seconds, strict=False)
+        return statistics.median(mine / theirs for mine, theirs in pairs)
 
     @torch.no_grad()
     def read(self, ids: Tensor) -> None:
@@ -55,14 +64,14 @@ class Reader:
         seconds = time.perf_counter()
         self.state = self._step(ids, self.state)
         _wait(ids)
-        self.spent += time.perf_counter() - seconds
+        self.call_seconds.append(time.perf_counter() - seconds)
         # What was held before, and what came on top: the state's growth is in the latter.
         self.peak = None if gauge is None or self.peak is None else max(self.peak, held + gauge())
 
     @torch.no_grad()
     def measure(self, length: int, ids: Tensor) -> None:
         """Note what it took to come to `length`, and decode `ids` (1, n) from there on a copy."""
-        self.prefill_seconds[length] = self.spent
+        self.prefill_seconds[length] = sum(self.call_seconds)
         self.state_bytes[length] = self._bytes()
         self.peak_bytes[length] = self.peak
         state = self.state.fork() if isinstance(self.state, Memory) else copy.deepcopy(self.state)

@@ -110,6 +110,9 @@ def _as_text(readers: list[Reader], config: Any) -> str:
             rows.append([report.count(n), *cells, *ratios])
         header = [title, *(r.name for r in readers), f"FAM / {windows.name}", "FAM / full"]
         out.append(report.table(header, rows))
+    out.append(
+        f"Median over all calls: FAM takes {fam.against(windows):.2f} times as long as {windows.name}."
+    )
     for title, sizes in (
         ("state", [r.state_bytes for r in readers]),
         ("peak above weights", [r.peak_bytes for r in readers]),
@@ -128,6 +131,7 @@ def _as_json(readers: list[Reader], config: Any) -> dict[str, Any]:
         "machine": _machine(),
         "readers": {
             r.name: {
+                "call_seconds": r.call_seconds,
                 "prefill_seconds": r.prefill_seconds,
                 "decode_seconds": r.decode_seconds,
                 "state_bytes": r.state_bytes,

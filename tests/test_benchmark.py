@@ -1,0 +1,86 @@
+"""What `fam bench` and `fam demo` measure is what they say: same weights, same tokens, right sizes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from families import some_tokens, tiny
+
+from transformerfam import FamConfig, benchmark, convert, models
+from transformerfam.commands import demo
+
+Run = Callable[..., tuple[int, str, str]]
+CONFIG = FamConfig(block_size=8, memory_segments=1, fam_length=2)
+
+
+def test_readers_share_weights_and_the_last_is_the_original() -> None:
+    ids = some_tokens(1, 40)
+    with torch.no_grad():
+        original = tiny()(ids).logits
+    model = convert(tiny(), CONFIG)
+    fam, windows, full = benchmark.readers(model, CONFIG)
+    assert fam.model.fam_config == CONFIG
+    assert windows.model.fam_config == CONFIG.without_feedback()
+    assert fam.model.lm_head.weight is full.model.lm_head.weight
+    with torch.no_grad():
+        assert torch.equal(full.model(ids).logits, original)
+
+
+def test_sizes_and_times_by_length() -> None:
+    model = convert(tiny(), CONFIG)
+    seen = {}
+    for length, readers in benchmark.run(model, CONFIG, (16, 64), chunk=12, decode_tokens=2):
+        seen[length] = {reader.name: reader for reader in readers}
+    fam, windows, full = seen[64].values()
+    assert [fam.name, windows.name, full.name] == ["FAM", "BSWA", "full attention"]
+    assert fam.state_bytes[16] == fam.state_bytes[64] > windows.state_bytes[64]
+    assert full.state_bytes[64] == 4 * full.state_bytes[16]
+    for reader in (fam, windows, full):
+        assert 0 < reader.prefill_seconds[16] < reader.prefill_seconds[64]
+        assert reader.decode_seconds[64] > 0
+    assert len(fam.call_seconds) == 2 + 4  # 12 + 4 tokens, then 12 · 4
+    assert fam.against(fam) == 1.0
+
+
+def test_bench_prints_a_table_or_json(fam: Run, folder: str) -> None:
+    args = ["--model", folder, "--lengths", "16,32", "--chunk", "16", "--full-limit", "16"]
+    args += ["--block-size", "8", "--memory-segments", "1", "--fam-length", "2"]
+    code, out, _ = fam("bench", *args)
+    assert code == 0
+    assert "FAM / BSWA" in out
+    assert "–" in out  # full attention was left out beyond its limit
+    code, out, _ = fam("bench", *args, "--json")
+    assert code == 0
+    found = json.loads(out)
+    assert found["config"]["fam_length"] == 2
+    assert list(found["readers"]["full attention"]["prefill_seconds"]) == ["16"]
+
+
+def test_demo_reads_draws_and_says_that_feedback_is_untrained(
+    fam: Run, folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small = FamConfig(block_size=64, memory_segments=1, fam_length=0, sink_tokens=4)
+    loaded = models.load
+    monkeypatch.setattr(demo, "_CONFIG", small)
+    monkeypatch.setattr(models, "load", lambda config: loaded(folder, config))
+    picture, numbers = tmp_path / "demo.png", tmp_path / "demo.json"
+    args = ["--tokens", "400", "--full-limit", "128", "--out", str(picture), "--json", str(numbers)]
+    code, out, _ = fam("demo", *args)
+    assert code == 0
+    assert "BSWA + 4 sinks" in out
+    assert "untrained" in out
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    variants = {v["name"]: v for v in json.loads(numbers.read_text())["variants"]}
+    assert variants["full"]["tokens"] == 128
+    assert variants["BSWA"]["tokens"] == 400
+    assert fam("demo", "--out", "picture.txt")[0] == 2
+
+
+def test_the_text_of_the_demo_is_long_and_english() -> None:
+    text = demo.language_reference()
+    assert len(text) > 300_000
+    assert " the " in text
