@@ -19,7 +19,7 @@ from transformerfam.rotary import Rotary, rotate
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-_POSITIONS = (0, 1, 2, 3, 5, 8, 13, 21, 34)
+_POSITIONS = (0, 1, 2, 3, 5, 8)
 
 
 class UnsupportedModelError(ValueError):
