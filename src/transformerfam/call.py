@@ -6,7 +6,7 @@ when all layers have run.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -92,11 +92,7 @@ class Call:
 
     def frame_starts(self) -> Tensor:
         """(R or 1, 1) position in the stream of the start of the frame."""
-        B = self.config.block_size
-        starts = [b * B for b in self.plan.first_blocks]
-        return torch.tensor(starts[:1] if len(set(starts)) == 1 else starts, dtype=torch.float64)[
-            :, None
-        ]
+        return self._tokens_of(self.plan.first_blocks)
 
     @property
     def frame_moves(self) -> bool:
@@ -117,11 +113,13 @@ class Call:
 
     def frame_shift(self) -> Tensor:
         """(R or 1, 1): how far everything moves back when the frame moves on to the next call."""
-        finished = self.plan.finished
-        shift = torch.tensor(
-            finished[:1] if len(set(finished)) == 1 else finished, dtype=torch.float64
-        )
-        return -shift[:, None] * self.config.block_size
+        return -self._tokens_of(self.plan.finished)
+
+    def _tokens_of(self, blocks: Sequence[int]) -> Tensor:
+        """(R or 1, 1) tokens in so many blocks of each row; one row if all are alike."""
+        same = len(set(blocks)) == 1
+        counted = torch.tensor(blocks[:1] if same else blocks, dtype=torch.float64)
+        return counted[:, None] * self.config.block_size
 
     def fam_positions(self, block: int) -> Tensor:
         """(R or 1, N) frame position of F_{j-1}, the FAM that block j of the call reads (B.2.1)."""
