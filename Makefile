@@ -24,7 +24,7 @@ format: .venv/.installed
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
-# The pages that follow from the code: docs/cli.md and the list in docs/families.md.
+# What follows from the code: docs/cli.md, the list in docs/families.md, the tables in docs/recipes.md.
 docs: .venv/.installed
 	$(BIN)/python docs/generate.py
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from transformerfam import FamConfig, load, reconfigure
+from transformerfam import FamConfig, feedback, load, reconfigure
 from transformerfam.feedback import Recurrence
 
 
@@ -33,7 +33,7 @@ def named(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
 def main() -> None:
     """Measure and print."""
     Recurrence.run = named("recurrence", Recurrence.run)  # type: ignore[method-assign]
-    Recurrence._project = named("projections alone", Recurrence._project)  # type: ignore[method-assign]
+    feedback.projections = named("projections alone", feedback.projections)
     model, _ = load(config=FamConfig(fam_length=0))
     vocabulary = model.get_input_embeddings().weight.shape[0]
     ids = torch.randint(vocabulary, (1, 2048), generator=torch.Generator().manual_seed(0))

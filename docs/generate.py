@@ -1,4 +1,7 @@
-"""Write the generated pages: docs/cli.md, and the list in docs/families.md. Run by `make docs`."""
+"""Write the generated pages: docs/cli.md, and parts of docs/families.md and docs/recipes.md.
+
+Run by `make docs`.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +14,7 @@ sys.path.insert(0, str(DOCS.parent / "tests"))
 from families import FAMILIES  # noqa: E402  # the tests' tiny models are the list
 
 from transformerfam import cli  # noqa: E402
-
-BEGIN, END = "<!-- families: begin -->", "<!-- families: end -->"
+from transformerfam.commands import _settings  # noqa: E402
 
 
 def family_list() -> str:
@@ -22,22 +24,34 @@ def family_list() -> str:
 
 
 def families_page(page: str) -> str:
-    """`page` with its list of families brought up to date.
+    """`page` with its list of families brought up to date."""
+    return with_part(page, "families", family_list())
+
+
+def recipes_page(page: str) -> str:
+    """`page` with its tables of settings brought up to date."""
+    return with_part(page, "settings", _settings.as_markdown())
+
+
+def with_part(page: str, name: str, text: str) -> str:
+    """`page` with `text` between the marks of `name`.
 
     Raises:
-        ValueError: if the marks around the list are not there.
+        ValueError: if the marks are not there.
     """
-    before, begin, rest = page.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise ValueError(f"docs/families.md has lost its marks {BEGIN} and {END}.")
-    return f"{before}{BEGIN}\n\n{family_list()}\n\n{END}{after}"
+    begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
+    before, found, rest = page.partition(begin)
+    _, found_end, after = rest.partition(end)
+    if not found or not found_end:
+        raise ValueError(f"A page has lost its marks {begin} and {end}.")
+    return f"{before}{begin}\n\n{text}\n\n{end}{after}"
 
 
 def main() -> None:
-    """Write both pages."""
-    page = DOCS / "families.md"
-    page.write_text(families_page(page.read_text(encoding="utf-8")), encoding="utf-8")
+    """Write all of them."""
+    for name, made in (("families", families_page), ("recipes", recipes_page)):
+        page = DOCS / f"{name}.md"
+        page.write_text(made(page.read_text(encoding="utf-8")), encoding="utf-8")
     cli.write_docs(DOCS / "cli.md")
 
 

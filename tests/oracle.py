@@ -19,6 +19,9 @@ Where the paper is silent or divided, this file decides:
   would have. They are the same in every layer of block 0.
 - The first update means block 0, in every layer: `first_residual` holds for all of them. With
   `prompt`, layer l adds its own FAM input, which is the prompt only in layer 0.
+- The bias on the scores of FAM is for tokens that look at FAM, not for FAM that looks at itself.
+- A stream that begins with the FAM of another has no first update: its block 0 sees that FAM, at
+  positions -N .. -1, and updates it with the residual copy.
 - FAM queries never see sinks, globals, memory segments or older FAMs, and see the whole block even
   if the window of the tokens is shorter than a block.
 - `feedback_norm` is applied once to each F that is made, before the layer above (in block 0), the
@@ -34,7 +37,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -66,6 +69,7 @@ class Key:
     key: Tensor
     value: Tensor
     position: float
+    bias: float = 0.0  # added to every score of this key
 
 
 def oracle(
@@ -74,6 +78,7 @@ def oracle(
     input_ids: Tensor,
     prompt: Tensor | None = None,
     start: int = 0,
+    passed: list[Tensor] | None = None,
 ) -> OracleResult:
     """Read one stream from its beginning.
 
@@ -83,6 +88,7 @@ def oracle(
         input_ids: (T,), T at least 1 and not necessarily whole blocks.
         prompt: (N, d), in the scale of the token embeddings; None exactly if `fam_length` is 0.
         start: rotary position of the first token, a multiple of the block size.
+        passed: (N, d) of each layer, F_{-1} that another stream left (random state passing).
 
     Returns:
         The logits and every F, differentiable in the weights and the prompt.
@@ -94,7 +100,9 @@ def oracle(
     _check(model, config, input_ids, prompt, start)
     decoder = model.model
     tokens: list[list[Key]] = [[] for _ in decoder.layers]  # tokens[layer][s], s in the stream
-    fams: list[list[Tensor]] = []  # fams[τ][layer]
+    fams: dict[int, list[Tensor]] = {}  # fams[τ][layer]
+    if passed is not None:
+        fams[-1] = passed
     last_outputs = []
 
     for block, first in enumerate(range(0, len(input_ids), B)):
@@ -110,14 +118,16 @@ def oracle(
             attention = []
             for i, t in enumerate(range(first, first + len(hidden))):
                 seen = list(tokens_seen(config, tokens[depth], t))
-                for past in range(max(0, block - config.previous_fams), block):
-                    if N > 0:
-                        seen += fam_keys(model, config, layer, fams[past][depth], past, start)
+                for past in range(block - config.previous_fams, block):
+                    if past in fams:
+                        keys_of = fam_keys(model, config, layer, fams[past][depth], past, start)
+                        seen += [replace(key, bias=config.fam_bias) for key in keys_of]
                 attention.append(attend(model, layer, queries[i], start + t, seen))
             output = feed_forward(layer, layer.self_attn.o_proj(torch.stack(attention)) + hidden)
 
             if N > 0 and block_is_finished:
-                if block > 0:
+                is_first = block - 1 not in fams
+                if not is_first:
                     before = fams[block - 1][depth]
                 elif depth > 0:
                     before = made[depth - 1]
@@ -125,14 +135,17 @@ def oracle(
                     assert prompt is not None
                     before = prompt
                 own_block = tokens[depth][first : first + B]
-                made.append(update_fam(model, config, layer, before, own_block, block, start))
+                made.append(
+                    update_fam(model, config, layer, before, own_block, block, start, is_first)
+                )
             hidden = output
 
         if N > 0 and block_is_finished:
-            fams.append(made)
+            fams[block] = made
         last_outputs.append(hidden)
 
-    return OracleResult(model.lm_head(decoder.norm(torch.cat(last_outputs))), fams)
+    logits = model.lm_head(decoder.norm(torch.cat(last_outputs)))
+    return OracleResult(logits, [fams[block] for block in sorted(fams) if block >= 0])
 
 
 # ---- the feedback memory
@@ -146,8 +159,9 @@ def update_fam(
     own_block: list[Key],
     block: int,
     start: int,
+    is_first: bool,
 ) -> Tensor:
-    """F_τ (N, d) of one layer from F_{τ-1}, `before`, and the keys of block τ."""
+    """F_τ (N, d) of one layer from F_{τ-1} (or, `is_first`, the prompt), and the keys of block τ."""
     queries, _, _ = project(layer, before)
     seen = fam_keys(model, config, layer, before, block - 1, start) + own_block
     stands_as = block if config.fam_query_position == "block_end" else block - 1
@@ -156,7 +170,7 @@ def update_fam(
         [attend(model, layer, queries[i], places[i], seen) for i in range(config.fam_length)]
     )
     attended = layer.self_attn.o_proj(attention)
-    if block > 0 or config.first_residual == "prompt":
+    if not is_first or config.first_residual == "prompt":
         attended = attended + before
     return bounded(config, feed_forward(layer, attended))
 
@@ -280,6 +294,7 @@ def attend(model: Any, layer: Any, query: Tensor, position: float, seen: list[Ke
     group = q.shape[0] // k.shape[1]  # so many query heads, one after another, share a key head
     k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
     scores = torch.einsum("hd,khd->hk", q, k) * layer.self_attn.scaling
+    scores = scores + torch.tensor([key.bias for key in seen], dtype=scores.dtype)
     return torch.einsum("hk,khd->hd", scores.softmax(-1), v).flatten().to(query.dtype)
 
 

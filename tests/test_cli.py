@@ -48,7 +48,7 @@ def test_every_command_is_in_the_help(capsys: pytest.CaptureFixture[str]) -> Non
     shown = capsys.readouterr().out
     assert {"read", "generate", "chat", "info", "masks"} <= set(cli.command_names())
     for name in cli.command_names():
-        assert re.search(rf"^    {name} ", shown, re.MULTILINE)
+        assert re.search(rf"^    {name}\s", shown, re.MULTILINE)
 
 
 @pytest.mark.parametrize("argv", [[], ["write"], ["read"], ["read", "a", "--max-tokens", "0"]])
@@ -67,6 +67,7 @@ def test_every_field_of_the_geometry_has_an_option() -> None:
         "first_residual": ("prompt", "prompt"),
         "feedback_norm": ("1,2.5", (1.0, 2.5)),
         "previous_fams": ("2", 2),
+        "fam_bias": ("-2.5", -2.5),
         "attention": ("longformer", "longformer"),
         "window": ("7", 7),
         "global_positions": ("0,3", (0, 3)),

@@ -76,11 +76,23 @@ def test_the_model_is_still_of_its_family() -> None:
 def test_the_prompt_starts_as_what_the_first_layer_reads_for_real_tokens(
     family: str, scale: float
 ) -> None:
-    model = convert(tiny(family), CONFIG)
+    model = convert(tiny(family), CONFIG, prompt="vocabulary")
     prompt = model.model.fam_prompt.weight.detach()
     embeddings = model.get_input_embeddings().weight.detach() * scale
     distances = torch.cdist(prompt, embeddings)
-    assert float(distances.min(1).values.max()) < 1e-2 * float(prompt.norm(dim=1).min())
+    near = 1e-2 * float(prompt.norm(dim=1).min())
+    assert float(distances.min(1).values.max()) < near
+    # By default every row is the token that texts start with, and a tenth of one of those tokens.
+    start = convert(tiny(family), CONFIG).model.fam_prompt.weight.detach()
+    first = embeddings[model.config.bos_token_id]
+    assert float((start - first - 0.1 * prompt).norm(dim=1).max()) < near
+
+
+def test_a_model_without_a_first_token_starts_from_its_vocabulary() -> None:
+    model = tiny()
+    model.config.bos_token_id = model.generation_config.bos_token_id = None
+    ours = convert(model, CONFIG).model.fam_prompt.weight
+    assert torch.equal(ours, convert(tiny(), CONFIG, prompt="vocabulary").model.fam_prompt.weight)
 
 
 def test_a_seed_chooses_the_prompt() -> None:

@@ -19,7 +19,8 @@ ORDER = [
     *("config", "masks", "rotary", "cost"),
     *("attention", "memory", "memory_file", "plan", "indexing", "call", "feedback", "blocks"),
     *("probe", "layer", "modeling", "auto", "conversion", "embedded", "models"),
-    *("text", "stream", "turns", "plots", "benchmark"),
+    *("text", "stream", "turns", "data", "plots", "benchmark"),
+    *("training", "reproduction"),
     *("commands", "cli", "__main__"),
 ]
 

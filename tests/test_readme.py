@@ -7,6 +7,7 @@ import re
 import shlex
 import sys
 from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from transformers import AutoModelForCausalLM
 
 from transformerfam import cli, models
 from transformerfam.conversion import is_transformerfam
+from transformerfam.training import trainer
+from transformerfam.training.recipe import SECTIONS, Recipe
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
@@ -42,13 +45,21 @@ def test_examples_run(
     (tmp_path / "my-model").symlink_to(folder)
     names: dict[str, Any] = {}
     blocks = fenced("python")
-    assert len(blocks) == 2
+    assert len(blocks) == 3
+    asked: list[Recipe] = []
+
+    def train(recipe: Recipe) -> trainer.Trained:
+        asked.append(recipe)
+        return trainer.Trained(None, None, losses=[0.5])
+
+    monkeypatch.setattr(trainer, "train", train)
     for block in blocks:
         exec(compile(block, "README.md", "exec"), names)
     shown = capsys.readouterr().out
     assert re.search(r"^\d+ tokens, loss \d+\.\d\d$", shown, re.MULTILINE)
     assert " And then" in shown
     assert (tmp_path / "book.fam").is_file()
+    assert [(recipe.run.steps, recipe.run.output) for recipe in asked] == [(50, "out")]
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "my-model-fam")
     assert is_transformerfam(again) and again.fam_config.fam_length == 64
 
@@ -145,13 +156,20 @@ def test_tests_that_the_documentation_names_exist() -> None:
                 assert known, f"{page.name} names {name}"
 
 
+def is_setting(section: str, name: str) -> bool:
+    """Whether a recipe has `[section]` with that setting."""
+    return section in SECTIONS and name in {f.name for f in fields(SECTIONS[section])}
+
+
 def qualified() -> Iterator[tuple[str, str]]:
-    """Every (module, name in it) of docs/paper.md and docs/architecture.md."""
-    for name in ("paper.md", "architecture.md"):
+    """Every (module or package, name in it) of the pages that lead from words to code."""
+    package = ROOT / "src" / "transformerfam"
+    for name in ("paper.md", "architecture.md", "training.md"):
         text = (ROOT / "docs" / name).read_text(encoding="utf-8")
-        for module, rest in re.findall(r"`([a-z_]+)\.([A-Za-z_.]+)`", text):
-            is_file = rest in ("py", "json", "md")
-            if not is_file and (ROOT / "src" / "transformerfam" / f"{module}.py").is_file():
+        for module, rest in re.findall(r"`([a-z_]+)\.([A-Za-z_0-9.]+)`", text):
+            is_file = rest in ("py", "json", "jsonl", "md", "safetensors")
+            is_ours = (package / f"{module}.py").is_file() or (package / module).is_dir()
+            if is_ours and not is_file and not is_setting(module, rest):
                 yield module, rest
 
 
@@ -159,9 +177,23 @@ def qualified() -> Iterator[tuple[str, str]]:
 def test_code_that_the_documentation_names_exists(module: str, name: str) -> None:
     thing: Any = importlib.import_module(f"transformerfam.{module}")
     for part in name.split("."):
-        fields = getattr(thing, "__dataclass_fields__", {})
-        assert hasattr(thing, part) or part in fields, f"{module}.{name}"
+        if hasattr(thing, "__path__"):  # a package does not bring its modules
+            importlib.import_module(f"{thing.__name__}.{part}")
+        known = getattr(thing, "__dataclass_fields__", {})
+        assert hasattr(thing, part) or part in known, f"{module}.{name}"
         thing = getattr(thing, part, None)
+
+
+def test_settings_that_the_documentation_names_exist() -> None:
+    text = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
+    named = re.findall(r"`([a-z]+)\.([a-z_]+)(?: = [^`]*)?`", text)
+    modules = {path.stem for path in (ROOT / "src" / "transformerfam").glob("*.py")}
+    wrong = [
+        f"{section}.{name}"
+        for section, name in named
+        if section in SECTIONS and section not in modules and not is_setting(section, name)
+    ]
+    assert len(named) > 20 and not wrong, ", ".join(wrong)
 
 
 def test_generated_pages_are_current(monkeypatch: pytest.MonkeyPatch) -> None:

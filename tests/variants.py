@@ -27,6 +27,8 @@ _CHANGES: dict[str, dict[str, Any]] = {
     "cap per slot": {"feedback_norm": (0.2, 1.0, 5.0)},
     "three previous fams": {"previous_fams": 3, "first_residual": "prompt"},
     "previous fams at zero": {"previous_fams": 2, "fam_position": "zero", "sink_tokens": 1},
+    "fam bias": {"fam_bias": -1.5, "previous_fams": 2, "sink_tokens": 1},
+    "fam bias, flex": {"fam_bias": 0.5, "backend": "flex"},
     "full": {"attention": "full"},
     "full without feedback": {"attention": "full", "fam_length": 0},
     "swa": {"attention": "swa", "window": 9},

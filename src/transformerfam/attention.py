@@ -41,18 +41,22 @@ class AttentionMask:
 
     Args:
         seen: boolean (G or 1, 1, L, K), True where a query sees a key. Every query sees something.
+        bias: (K,) added to the scores of each key, if any.
     """
 
-    def __init__(self, seen: Tensor) -> None:
+    def __init__(self, seen: Tensor, bias: Tensor | None = None) -> None:
         self.seen = seen
+        self.bias = bias
         self._additive: dict[torch.dtype, Tensor] = {}
         self._blocks: Any = None
 
     def additive(self, dtype: torch.dtype) -> Tensor:
-        """0 where seen, minus infinity elsewhere."""
+        """The bias (0 without one) where seen, minus infinity elsewhere."""
         if dtype not in self._additive:
-            zeros = torch.zeros(self.seen.shape, dtype=dtype, device=self.seen.device)
-            self._additive[dtype] = zeros.masked_fill_(~self.seen, float("-inf"))
+            start = torch.zeros(self.seen.shape, dtype=dtype, device=self.seen.device)
+            if self.bias is not None:
+                start = start + self.bias.to(dtype)
+            self._additive[dtype] = start.masked_fill_(~self.seen, float("-inf"))
         return self._additive[dtype]
 
     def blocks(self) -> Any:
@@ -148,13 +152,11 @@ def _flex(
 ) -> Tensor:
     from torch.nn.attention.flex_attention import AuxRequest
 
-    cap = style.softcap
-    score_mod = None if cap is None else (lambda s, g, h, i, j: cap * torch.tanh(s / cap))
     out, aux = _flex_attention(q.device.type)(
         q,
         k,
         v,
-        score_mod=score_mod,
+        score_mod=_score_mod(style.softcap, None if mask is None else mask.bias),
         block_mask=None if mask is None else mask.blocks(),
         scale=style.scaling,
         enable_gqa=q.shape[1] != k.shape[1],
@@ -164,6 +166,19 @@ def _flex(
         share = torch.sigmoid(aux.lse - style.sink_logits[None, :, None])
         out = out * share[..., None].to(out.dtype)
     return out
+
+
+def _score_mod(cap: float | None, bias: Tensor | None) -> Callable[..., Tensor] | None:
+    """What FlexAttention does to a score before the softmax."""
+    if cap is None and bias is None:
+        return None
+
+    def change(score: Tensor, g: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        if cap is not None:
+            score = cap * torch.tanh(score / cap)
+        return score if bias is None else score + bias[j]
+
+    return change
 
 
 @cache

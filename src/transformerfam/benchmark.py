@@ -60,10 +60,10 @@ class Reader:
     @torch.no_grad()
     def read(self, ids: Tensor) -> None:
         """More tokens, (1, T)."""
-        held, gauge = self._bytes(), _gauge()
+        held, gauge = self._bytes(), gauge_of_bytes()
         seconds = time.perf_counter()
         self.state = self._step(ids, self.state)
-        _wait(ids)
+        wait_for(ids)
         self.call_seconds.append(time.perf_counter() - seconds)
         # What was held before, and what came on top: the state's growth is in the latter.
         self.peak = None if gauge is None or self.peak is None else max(self.peak, held + gauge())
@@ -79,7 +79,7 @@ class Reader:
         for token in ids.split(1, dim=1):
             start = time.perf_counter()
             state = self._step(token, state)
-            _wait(ids)
+            wait_for(ids)
             times.append(time.perf_counter() - start)
         self.decode_seconds[length] = statistics.median(times)
 
@@ -98,9 +98,9 @@ class Reader:
 def readers(model: Any, config: FamConfig) -> list[Reader]:
     """FAM as configured, the same windows without it, and the untouched model; weights are shared."""
     return [
-        Reader("FAM", reconfigure(_twin(model), config)),
-        Reader(config.attention.upper(), reconfigure(_twin(model), config.without_feedback())),
-        Reader("full attention", restore(_twin(model))),
+        Reader("FAM", reconfigure(twin(model), config)),
+        Reader(config.attention.upper(), reconfigure(twin(model), config.without_feedback())),
+        Reader("full attention", restore(twin(model))),
     ]
 
 
@@ -145,17 +145,18 @@ def run(
 # ---- parts
 
 
-def _twin(model: Any) -> Any:
+def twin(model: Any) -> Any:
     """Another object of the model with the same weights."""
     return copy.deepcopy(model, {id(t): t for t in [*model.parameters(), *model.buffers()]})
 
 
-def _wait(like: Tensor) -> None:
+def wait_for(like: Tensor) -> None:
+    """Until everything that was asked of the device of `like` is done."""
     if like.is_cuda:
         torch.cuda.synchronize(like.device)
 
 
-def _gauge() -> Callable[[], int] | None:
+def gauge_of_bytes() -> Callable[[], int] | None:
     """A gauge of bytes in use, set to 0 now; None where the system has none."""
     gc.collect()
     if torch.cuda.is_available():

@@ -16,7 +16,7 @@ from torch.nn.functional import pad
 
 from transformerfam.attention import AttentionMask, AttentionStyle, attend
 from transformerfam.call import Call, Reenter
-from transformerfam.feedback import Recurrence
+from transformerfam.feedback import Recurrence, fam_keys
 from transformerfam.indexing import columns_of, place, sliding, stop_gradient, unsqueeze
 from transformerfam.memory import KeyValue, LayerMemory
 from transformerfam.rotary import Tables, rotate
@@ -43,7 +43,7 @@ class TokenPass:
         plan, new = self.plan, KeyValue(key, value)
         before = self.call.before[self.layer]
         if before is None:
-            before = LayerMemory.empty(self.config, key, value, self.hidden)
+            before = self._begin(new)
         before = before.fit(key, value, self.hidden)
         anchors = self._gather_anchors(before, new)
         tokens = self._tables("tokens", self.call.token_positions, query)
@@ -54,6 +54,19 @@ class TokenPass:
         if self.call.keep:
             self.call.after[self.layer] = after
         return self._attend(query, seen, style)
+
+    def _begin(self, new: KeyValue) -> LayerMemory:
+        """The memory of a new stream: empty, or with the FAM of another (random state passing)."""
+        empty = LayerMemory.empty(self.config, new.keys, new.values, self.hidden)
+        if self.call.passed_fams is None:
+            return empty
+        fam = self.call.passed_fams[self.layer].to(self.hidden)
+        newest = fam_keys(self.call, self.layer, self.reenter, fam, block=0)
+        B, N = self.config.block_size, self.config.fam_length
+        tokens = empty.tokens.zip(
+            newest, lambda old, new: torch.cat([old[:, :, : -B - N], new, old[:, :, -B:]], dim=2)
+        )
+        return LayerMemory(tokens.keys, tokens.values, empty.anchor_keys, fam)
 
     # ---- no block is completed: the memory only fills up, and is itself what the queries see
 
@@ -156,7 +169,7 @@ class TokenPass:
         window = style.sliding_window
         mask = self.call.once(
             ("mask", window, query.device),
-            lambda: AttentionMask(plan.visible(window).to(query.device)),
+            lambda: self._mask(window, query),
         )
         in_place = plan.whole_blocks or (nb == 1 and plan.valid is None)
         if not in_place:
@@ -171,6 +184,11 @@ class TokenPass:
         real = (places < nb * L)[..., None, None]
         places = places.clamp(max=nb * L - 1)[..., None, None].expand(len(out), -1, *out.shape[2:])
         return out.gather(1, places) * real
+
+    def _mask(self, window: int | None, like: Tensor) -> AttentionMask:
+        bias = self.plan.key_bias()
+        seen = self.plan.visible(window).to(like.device)
+        return AttentionMask(seen, None if bias is None else bias.to(like.device))
 
     # ---- anchors, the tokens kept for ever
 

@@ -39,6 +39,8 @@ class Call:
         rotaries: each layer's rotary positions.
         prompt: (N, d), the FAM input of layer 0 in block 0; None without feedback.
         keep: whether the memories after the call are wanted.
+        passed_fams: each layer's F (R, N, d) to begin new streams with; None: they begin with none.
+        offset: position of the first token of each stream.
     """
 
     def __init__(
@@ -49,12 +51,16 @@ class Call:
         rotaries: tuple[Rotary, ...],
         prompt: Tensor | None,
         keep: bool,
+        passed_fams: Sequence[Tensor] | None = None,
+        offset: float = 0.0,
     ) -> None:
         self.config = config
         self.plan = plan
         self.before = before
         self.rotaries = rotaries
         self.keep = keep
+        self.passed_fams = passed_fams
+        self.offset = offset
         self.after: list[LayerMemory | None] = [None] * len(before)
         # rising[l]: the FAM input of layer l in block 0 (B.1), (R, N, d): the prompt rises once.
         self.rising: list[Tensor | None] = [None] * (len(before) + 1)
@@ -92,7 +98,7 @@ class Call:
 
     def frame_starts(self) -> Tensor:
         """(R or 1, 1) position in the stream of the start of the frame."""
-        return self._tokens_of(self.plan.first_blocks)
+        return self._tokens_of(self.plan.first_blocks) + self.offset
 
     @property
     def frame_moves(self) -> bool:
@@ -135,7 +141,7 @@ class Call:
         """(R or 1, A) frame position at which block j of the call sees the anchors."""
         anchors = torch.tensor(self.config.anchor_positions, dtype=torch.float64)[None]
         if self.config.global_positions:
-            return anchors - self.frame_starts()
+            return anchors + self.offset - self.frame_starts()
         S, P = self.config.sink_tokens, self.plan.past_length
         return block * self.config.block_size - P - S + anchors
 

@@ -23,7 +23,18 @@ from transformerfam import __version__, commands
 from transformerfam.errors import UserError
 
 DEBUG = "TRANSFORMERFAM_DEBUG"
-_ORDER = ("read", "generate", "chat", "info", "masks", "demo", "bench")
+_ORDER = (
+    "read",
+    "generate",
+    "chat",
+    "train",
+    "merge",
+    "info",
+    "masks",
+    "demo",
+    "bench",
+    "reproduce",
+)
 _DOCS_WIDTH = 90
 _FAILED, _REFUSED, _INTERRUPTED, _NO_READER = 1, 2, 130, 141
 

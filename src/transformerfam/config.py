@@ -5,6 +5,7 @@ Knows no torch. A `FamConfig` is a value: two that are equal describe the same c
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal, get_args
@@ -15,8 +16,8 @@ FamQueryPosition = Literal["same", "block_end"]
 FirstResidual = Literal["zero", "prompt"]
 Backend = Literal["sdpa", "eager", "flex"]
 
-# Fields that change speed or gradients but nothing that a memory holds.
-_NOT_PART_OF_A_MEMORY = ("backend", "stop_gradient")
+# Fields that change speed, gradients or how a memory is looked at, but not how it is laid out.
+_NOT_PART_OF_A_MEMORY = ("backend", "stop_gradient", "fam_bias")
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,8 @@ class FamConfig:
             row is rescaled to a root mean square of 1 after each update), or the largest root mean
             square that a row may have: one number, or one for each slot.
         previous_fams: how many past FAMs the block queries see (table 6).
+        fam_bias: added to the scores with which tokens look at FAM. Training may begin with a very
+            negative one, where the model is its own windows without feedback, and let it rise to 0.
         attention: which past tokens a token sees, see `transformerfam.masks`.
         window: tokens seen by `swa`, `xl` and `longformer`; by default memory_segments * block_size.
         global_positions: positions that see all and are seen by all (`longformer` only). The
@@ -59,6 +62,7 @@ class FamConfig:
     first_residual: FirstResidual = "zero"
     feedback_norm: str | float | tuple[float, ...] = "none"
     previous_fams: int = 1
+    fam_bias: float = 0.0
     attention: AttentionPattern = "bswa"
     window: int | None = None
     global_positions: tuple[int, ...] = ()
@@ -136,7 +140,7 @@ class FamConfig:
 
     def without_feedback(self) -> FamConfig:
         """The same windows with the feedback memory off: TransformerBSWA."""
-        return replace(self, fam_length=0, previous_fams=1, feedback_norm="none")
+        return replace(self, fam_length=0, previous_fams=1, feedback_norm="none", fam_bias=0.0)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON."""
@@ -243,9 +247,11 @@ class FamConfig:
                 f"feedback_norm has {len(norm)} numbers for {self.fam_length} feedback slots; "
                 "give one for each, or a single number."
             )
-        if not self.has_feedback and (self.previous_fams > 1 or norm != "none"):
+        if not isinstance(self.fam_bias, (int, float)) or not math.isfinite(self.fam_bias):
+            raise ValueError(f"fam_bias must be a finite number, not {self.fam_bias!r}.")
+        if not self.has_feedback and (self.previous_fams > 1 or norm != "none" or self.fam_bias):
             raise ValueError(
-                "previous_fams and feedback_norm need a feedback memory; set fam_length."
+                "previous_fams, feedback_norm and fam_bias need a feedback memory; set fam_length."
             )
         if self.fam_position == "last" and self.fam_length > self.block_size:
             raise ValueError(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from functools import cache
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -29,18 +29,25 @@ from transformerfam.modeling import (
 )
 from transformerfam.probe import UnsupportedModelError, run_probe
 
+PromptStart = Literal["start", "vocabulary"]
+_PART_OF_OTHERS = 0.1
 _KNOWN_LAYERS = {"full_attention", "sliding_attention", "sparse", "dense"}
 
 
 def convert(
-    model: PreTrainedModel, config: FamConfig | None = None, *, seed: int = 0
+    model: PreTrainedModel,
+    config: FamConfig | None = None,
+    *,
+    prompt: PromptStart = "start",
+    seed: int = 0,
 ) -> PreTrainedModel:
     """Turn a causal language model of transformers into its TransformerFAM, in place.
 
     Args:
         model: any decoder with rotary positions whose attention transformers lets us replace.
         config: geometry; the paper's by default.
-        seed: chooses the vocabulary tokens whose embeddings the FAM prompt starts from.
+        prompt: what the FAM prompt starts from, see `initialise_prompt`.
+        seed: chooses vocabulary tokens for it.
 
     Returns:
         `model`, now with `model.fam_config`. Its only new parameter is the `fam_prompt` of its
@@ -68,7 +75,7 @@ def convert(
             f"A {plain_config.model_type} model does not run as a TransformerFAM "
             f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no reason'})."
         ) from error
-    initialise_prompt(model, seed)
+    initialise_prompt(model, prompt, seed)
     return model
 
 
@@ -155,19 +162,25 @@ def _point_at(model: PreTrainedModel, config: PreTrainedConfig) -> None:
             module.config = config
 
 
-def reconfigure(model: PreTrainedModel, config: FamConfig, *, seed: int = 0) -> PreTrainedModel:
+def reconfigure(
+    model: PreTrainedModel,
+    config: FamConfig,
+    *,
+    prompt: PromptStart = "start",
+    seed: int = 0,
+) -> PreTrainedModel:
     """Change the geometry of a TransformerFAM in place. A prompt of the same length is kept.
 
     Memories made before do not fit a model of another geometry.
     """
     if not is_transformerfam(model):
-        return convert(model, config, seed=seed)
+        return convert(model, config, prompt=prompt, seed=seed)
     decoder = decoder_of(model)
     model.config.fam = config.to_dict()
-    prompt = decoder._modules.get("fam_prompt")
-    if config.has_feedback and (prompt is None or prompt.weight.shape[0] != config.fam_length):
+    kept = decoder._modules.get("fam_prompt")
+    if config.has_feedback and (kept is None or kept.weight.shape[0] != config.fam_length):
         add_prompt(model)
-        initialise_prompt(model, seed)
+        initialise_prompt(model, prompt, seed)
     return model
 
 
@@ -177,10 +190,18 @@ def is_transformerfam(model: object) -> bool:
 
 
 @torch.no_grad()
-def initialise_prompt(model: PreTrainedModel, seed: int = 0) -> None:
-    """Set the FAM prompt to what the first layer reads for N vocabulary tokens drawn by `seed`.
+def initialise_prompt(model: PreTrainedModel, prompt: PromptStart = "start", seed: int = 0) -> None:
+    """Set the rows of the FAM prompt to what the first layer reads for tokens of the vocabulary.
 
     Going through the model brings in whatever scale its family gives to embeddings.
+
+    Args:
+        model: a TransformerFAM.
+        prompt: `vocabulary`: N tokens drawn by `seed`. `start`: the token that texts start with,
+            with a tenth of such a token added so that rows differ. A pretrained model has learned
+            to look at its first token without harm, and then looks at FAM without much harm.
+            The same as `vocabulary` for a model whose configuration names no such token.
+        seed: of the draw.
     """
     decoder = decoder_of(model)
     length = decoder.fam_config.fam_length
@@ -188,8 +209,23 @@ def initialise_prompt(model: PreTrainedModel, seed: int = 0) -> None:
         return
     vocabulary = decoder.get_input_embeddings().weight.shape[0]
     tokens = torch.randint(vocabulary, (length,), generator=torch.Generator().manual_seed(seed))
-    probe = run_probe(decoder, tokens, torch.zeros(length, dtype=torch.long))
-    decoder.fam_prompt.weight.copy_(probe.inputs[0][0])
+    start = _start_token(model) if prompt == "start" else None
+    if start is not None:
+        tokens = torch.cat([tokens, torch.tensor([start])])
+    probe = run_probe(decoder, tokens, torch.zeros(len(tokens), dtype=torch.long))
+    rows = probe.inputs[0][0]
+    if start is not None:
+        rows = rows[-1] + _PART_OF_OTHERS * rows[:-1]
+    decoder.fam_prompt.weight.copy_(rows)
+
+
+def _start_token(model: PreTrainedModel) -> int | None:
+    """The token that the model's texts start with, if its configuration says so."""
+    for config in (model.config, getattr(model, "generation_config", None)):
+        token = getattr(config, "bos_token_id", None)
+        if isinstance(token, int) and 0 <= token < model.get_input_embeddings().weight.shape[0]:
+            return token
+    return None
 
 
 # ---- classes made for a family

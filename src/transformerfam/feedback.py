@@ -63,7 +63,7 @@ class Recurrence:
     def _update(self, fam: Tensor, j: int, rows: Tensor | None) -> tuple[Tensor, KeyValue]:
         """F_τ of some rows from their F_{τ-1} and block j; and the keys and values of F_{τ-1}."""
         batch = members(rows, self.plan.rows)
-        is_first = [self.plan.first_blocks[r] + j == 0 for r in batch]
+        is_first = [self.plan.fams_behind[r] + j == 0 for r in batch]
         if not any(is_first):
             return self._next_update(fam, j, rows)
         if all(is_first):
@@ -92,7 +92,7 @@ class Recurrence:
         if self.config.first_residual == "zero":
             # Af = attention: the layer gets zeros for its residual, and attention the queries, keys
             # and values of the prompt.
-            compress.given = self._project(risen)
+            compress.given = projections(self.reenter, risen)
             risen = torch.zeros_like(risen)
         updated = self._bounded(self.reenter(risen, compress))
         rises = put(updated, rows, self.plan.rows)
@@ -103,9 +103,9 @@ class Recurrence:
 
     def _project_last(self, fam: Tensor, made: list[KeyValue]) -> None:
         """Keys and values of each row's newest F, which no update has projected yet."""
-        _, key, value = self._project(fam)
+        _, key, value = projections(self.reenter, fam)
         for blocks in sorted(set(self.plan.finished) - {0}):
-            new = KeyValue(rotate(key, self._tables(blocks, key)), value)
+            new = KeyValue(rotate(key, fam_tables(self.call, self.layer, blocks, key)), value)
             if blocks > len(made):
                 made.append(new)
             else:
@@ -113,26 +113,14 @@ class Recurrence:
                 newest = new.map(partial(take, rows=rows))
                 made[blocks - 1] = made[blocks - 1].zip(newest, partial(_merged, rows))
 
-    def _project(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The layer's queries, keys and values of some rows, (R', H, N, D) each, not rotated."""
-        try:
-            self.reenter(rows, _stop_with_projections)
-        except _Projected as projected:
-            return projected.query, projected.key, projected.value
-        raise RuntimeError("the layer called no attention")
-
     def _fam_pass(self, j: int, rows: Tensor | None) -> FamPass:
         B = self.config.block_size
         block = self.blocks.cut(j * B, (j + 1) * B).map(lambda x: take(x, rows))
-        key_tables = query_tables = take_tables(self._tables(j, block.keys), rows)
+        tables = partial(fam_tables, self.call, self.layer, like=block.keys)
+        key_tables = query_tables = take_tables(tables(j), rows)
         if self.config.fam_query_position == "block_end":
-            query_tables = take_tables(self._tables(j + 1, block.keys), rows)
+            query_tables = take_tables(tables(j + 1), rows)
         return FamPass(block, query_tables, key_tables, self.config)
-
-    def _tables(self, j: int, like: Tensor) -> Tables | None:
-        """Rotation of the FAM that block j of the call reads."""
-        positions = partial(self.call.fam_positions, j)
-        return unsqueeze(self.call.tables(self.layer, f"fam {j}", positions, like), 1)
 
     def _bounded(self, fam: Tensor) -> Tensor:
         """`feedback_norm` applied to a new F, (R', N, d)."""
@@ -146,6 +134,27 @@ class Recurrence:
             return (wide / rms).to(fam.dtype)
         cap = torch.as_tensor(norm, dtype=wide.dtype, device=fam.device).reshape(-1, 1)
         return (wide * (cap / rms).clamp(max=1.0)).to(fam.dtype)
+
+
+def fam_keys(call: Call, layer: int, reenter: Reenter, fam: Tensor, block: int) -> KeyValue:
+    """Keys, rotated for block `block` of the call to read, and values of F (R, N, d)."""
+    _, key, value = projections(reenter, fam)
+    return KeyValue(rotate(key, fam_tables(call, layer, block, key)), value)
+
+
+def fam_tables(call: Call, layer: int, block: int, like: Tensor) -> Tables | None:
+    """Rotation of the FAM that a block of the call reads."""
+    positions = partial(call.fam_positions, block)
+    return unsqueeze(call.tables(layer, f"fam {block}", positions, like), 1)
+
+
+def projections(reenter: Reenter, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The layer's queries, keys and values of some rows, (R', H, N, D) each, not rotated."""
+    try:
+        reenter(rows, _stop_with_projections)
+    except _Projected as projected:
+        return projected.query, projected.key, projected.value
+    raise RuntimeError("the layer called no attention")
 
 
 def _merged(rows: Tensor | None, old: Tensor, new: Tensor) -> Tensor:

@@ -142,6 +142,10 @@ class Memory(Cache):
         layers_memory: one `LayerMemory` a layer; None before the first token.
         next_logits: (rows, vocabulary) float32, the model's prediction after the last token. Kept by
             `transformerfam.read` so that a resumed stream scores its very first token; else None.
+        passed: for each row whether its stream began with the FAM of another (`begin_with`).
+        passed_fams: that FAM, each layer's (rows, N, d), until something is read; else None.
+        offset: position of the first token (B.2, random position offset). It matters only where FAM
+            stands at position `zero`; all other scores depend on differences of positions.
     """
 
     def __init__(self, config: FamConfig, rows: int = 1, layers: int = 1) -> None:
@@ -152,6 +156,9 @@ class Memory(Cache):
         self.position: tuple[int, ...] = (0,) * rows
         self.layers_memory: list[LayerMemory | None] = [None] * layers
         self.next_logits: Tensor | None = None
+        self.passed: tuple[bool, ...] = (False,) * rows
+        self.passed_fams: tuple[Tensor, ...] | None = None
+        self.offset = 0.0
 
     @classmethod
     def for_model(cls, model: PreTrainedModel, rows: int = 1) -> Memory:
@@ -188,6 +195,8 @@ class Memory(Cache):
     @property
     def fams(self) -> list[Tensor | None]:
         """F of each layer, (rows, N, d), after the last finished block of each row."""
+        if self.passed_fams is not None:
+            return list(self.passed_fams)
         return [None if layer is None else layer.fam for layer in self.layers_memory]
 
     @property
@@ -219,10 +228,48 @@ class Memory(Cache):
         self.layers_memory = list(layers)
         self.position = tuple(p + n for p, n in zip(self.position, counts, strict=True))
         self.next_logits = next_logits
+        self.passed_fams = None
+
+    def begin_with(self, fams: Sequence[Tensor]) -> None:
+        """Let all streams begin with a FAM that was written elsewhere (random state passing, B.2).
+
+        The first block then sees it, and updates it instead of the prompt. Windows begin empty.
+
+        Args:
+            fams: F of each layer, (rows, N, d) or (1, N, d) for all rows alike.
+
+        Raises:
+            ValueError: if something was read already, or the FAM does not fit.
+        """
+        if any(self.position):
+            raise ValueError("Only a stream that has read nothing can begin with a FAM.")
+        N = self.config.fam_length
+        fits = [f.dim() == 3 and f.shape[0] in (1, self.rows) and f.shape[1] == N for f in fams]
+        if not N or len(fams) != len(self) or not all(fits):
+            raise ValueError(
+                f"This memory needs a FAM of {len(self)} layers, {self.rows} rows and {N} slots."
+            )
+        self.passed_fams = tuple(f.expand(self.rows, -1, -1) for f in fams)
+        self.passed = (True,) * self.rows
+        self.layers_memory = [None] * len(self)
+
+    def restart(self, rows: Sequence[bool]) -> Memory:
+        """A memory in which the rows marked True begin a new stream, and the others go on."""
+        if not any(rows) or not self.is_initialized:
+            return self
+        stays = [not new for new in rows]
+
+        def kept(t: Tensor) -> Tensor:
+            mask = torch.tensor(stays, device=t.device).view(-1, *(1,) * (t.dim() - 1))
+            return torch.where(mask, t, 0)
+
+        position = tuple(p * s for p, s in zip(self.position, stays, strict=True))
+        passed = tuple(p and s for p, s in zip(self.passed, stays, strict=True))
+        return self._mapped(kept, position, passed)
 
     def fork(self) -> Memory:
         """A copy that goes its own way."""
-        return self._mapped(Tensor.clone, self.position)
+        return self._mapped(Tensor.clone, self.position, self.passed)
 
     def select_rows(self, indices: Sequence[int] | Tensor) -> Memory:
         """A new memory of the given rows, in that order; a row may come several times."""
@@ -230,21 +277,30 @@ class Memory(Cache):
         return self._mapped(
             lambda t: t.index_select(0, index.to(t.device)),
             tuple(self.position[r] for r in index.tolist()),
+            tuple(self.passed[r] for r in index.tolist()),
         )
 
     def to(self, device: torch.device | str) -> Memory:
         """A copy on another device."""
-        return self._mapped(lambda t: t.to(device, copy=True), self.position)
+        return self._mapped(lambda t: t.to(device, copy=True), self.position, self.passed)
 
     def detach(self) -> Memory:
         """A memory of the same values through which no gradient flows (the tensors are shared)."""
-        return self._mapped(Tensor.detach, self.position)
+        return self._mapped(Tensor.detach, self.position, self.passed)
 
-    def _mapped(self, change: Callable[[Tensor], Tensor], position: tuple[int, ...]) -> Memory:
+    def _mapped(
+        self,
+        change: Callable[[Tensor], Tensor],
+        position: tuple[int, ...],
+        passed: tuple[bool, ...],
+    ) -> Memory:
         new = Memory(self.config, len(position), len(self.layers_memory))
         new.position = position
         new.layers_memory = [None if m is None else m.map(change) for m in self.layers_memory]
         new.next_logits = None if self.next_logits is None else change(self.next_logits)
+        new.passed, new.offset = passed, self.offset
+        if self.passed_fams is not None:
+            new.passed_fams = tuple(change(f) for f in self.passed_fams)
         return new
 
     def __copy__(self) -> Memory:
@@ -253,10 +309,10 @@ class Memory(Cache):
 
     def undo(self) -> Callable[[], None]:
         """A function that puts the memory back to where it is now. Costs nothing."""
-        before = (self.position, self.layers_memory, self.next_logits)
+        before = (self.position, self.layers_memory, self.next_logits, self.passed_fams)
 
         def put_back() -> None:
-            self.position, self.layers_memory, self.next_logits = before
+            self.position, self.layers_memory, self.next_logits, self.passed_fams = before
 
         return put_back
 
@@ -265,6 +321,7 @@ class Memory(Cache):
         self.position = other.position
         self.layers_memory = other.layers_memory
         self.next_logits = other.next_logits
+        self.passed, self.passed_fams, self.offset = other.passed, other.passed_fams, other.offset
 
     # ---- files
 

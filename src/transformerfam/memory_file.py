@@ -95,6 +95,10 @@ def save_memory(memory: Memory, path: str | os.PathLike[str], model: PreTrainedM
         "layers": str(len(memory.layers_memory)),
         "model": fingerprint(model),
     }
+    if memory.passed_fams is not None:
+        raise MemoryFileError("This memory has read nothing since it was passed; read something.")
+    if any(memory.passed) or memory.offset:
+        header["start"] = json.dumps({"passed": list(memory.passed), "offset": memory.offset})
     header["checksum"] = _checksum(header, tensors)
     try:
         with whole_file(target) as temporary:
@@ -228,6 +232,9 @@ def _assemble(
             raise _damaged(path)
         found = [LayerMemory(*(on_device[full] for full in layer.values())) for layer in names]
         memory.advance(found, position, next_logits)
+    if "start" in header:
+        start = json.loads(header["start"])
+        memory.passed, memory.offset = tuple(start["passed"]), start["offset"]
     return memory
 
 

@@ -96,6 +96,10 @@ class FamDecoder(Picklable):
         )
         if memory is not None:
             call.commit(memory)
+        if self.training and call.rising[0] is not None:
+            # No block 0 in this call, no use of the prompt: but wrappers that train in parallel wait
+            # for a gradient of every parameter from every process.
+            output["last_hidden_state"] = output["last_hidden_state"] + 0 * call.rising[0].sum()
         output["past_key_values"] = memory
         return output if return_dict is not False else output.to_tuple()
 
@@ -114,14 +118,26 @@ class FamDecoder(Picklable):
             columns=columns,
             valid=_valid_columns(attention_mask, rows, columns),
             past_length=state.past_length,
+            passed=state.passed,
         )
         prompt = None
         if config.has_feedback:
             # Looked up at each call: PEFT puts another module in its place.
             slots = torch.arange(config.fam_length, device=inputs.device)
             prompt = self.fam_prompt(slots)  # type: ignore[attr-defined]
+            # While it is trained it may be kept wider than the weights that read it.
+            prompt = prompt.to(self.get_input_embeddings().weight.dtype)  # type: ignore[attr-defined]
         before = list(state.layers_memory)
-        return Call(config, plan, before, self.rotaries(), prompt, keep=memory is not None)
+        return Call(
+            config,
+            plan,
+            before,
+            self.rotaries(),
+            prompt,
+            keep=memory is not None,
+            passed_fams=state.passed_fams,
+            offset=state.offset,
+        )
 
     def _check_call(self, memory: object, inputs: Tensor) -> None:
         if self.config._attn_implementation != ATTENTION_NAME:

@@ -35,6 +35,7 @@ class CallPlan:
         columns: T, width of the call.
         valid: (R, T) bool on the CPU, False for padding; None: no padding.
         past_length: P, kept past in tokens.
+        passed: for each row whether its stream began with the FAM of another; default: none did.
     """
 
     config: FamConfig
@@ -42,6 +43,7 @@ class CallPlan:
     columns: int
     valid: Tensor | None
     past_length: int
+    passed: tuple[bool, ...] = ()
 
     # ---- rows
 
@@ -68,6 +70,12 @@ class CallPlan:
         return tuple(s // self.config.block_size for s in self.starts)
 
     @cached_property
+    def fams_behind(self) -> tuple[int, ...]:
+        """How many FAMs each row had before its block 0 of the call: its blocks, and a passed one."""
+        passed = self.passed or (False,) * self.rows
+        return tuple(b + p for b, p in zip(self.first_blocks, passed, strict=True))
+
+    @cached_property
     def finished(self) -> tuple[int, ...]:
         """Blocks that each row completes in this call."""
         B = self.config.block_size
@@ -87,7 +95,7 @@ class CallPlan:
     @cached_property
     def alike(self) -> bool:
         """All rows see the same: aligned, and equally far in their streams."""
-        return self.aligned and len(set(self.starts)) == 1
+        return self.aligned and len(set(zip(self.starts, self.fams_behind, strict=True))) == 1
 
     def rows_finishing(self, block: int) -> Tensor | None:
         """Indices of the rows that complete block j; None: all of them."""
@@ -192,7 +200,7 @@ class CallPlan:
         rows = 1 if self.alike else self.rows
         slots, taken = (grid.expand(rows, -1, -1) for grid in self._grid_slots)
         seen = [
-            self._block_mask(slots[r, j], taken[r, j], self.first_blocks[r], j, sliding_window)
+            self._block_mask(slots[r, j], taken[r, j], r, j, sliding_window)
             for r in range(rows)
             for j in range(len(ages) if rows == 1 else self.blocks)
         ]
@@ -220,10 +228,11 @@ class CallPlan:
         return slots.view(shape), taken.view(shape)
 
     def _block_mask(
-        self, slots: Tensor, taken: Tensor, first_block: int, j: int, sliding_window: int | None
+        self, slots: Tensor, taken: Tensor, row: int, j: int, sliding_window: int | None
     ) -> Tensor:
         """(L, keys) for one block of one row."""
         config, B = self.config, self.config.block_size
+        first_block = self.first_blocks[row]
         start = (first_block + j) * B
         query = (first_block * B + slots)[:, None]
         # Where a place of the grid has no token any mask will do, as long as it lets something in.
@@ -240,7 +249,20 @@ class CallPlan:
             parts.append(sees)
         anchors = torch.tensor(config.anchor_positions, dtype=torch.long)
         sees_anchor = masks.token_sees_anchor(config)(query, anchors)
-        fams = first_block + j - config.previous_fams + torch.arange(config.previous_fams)
+        # Counted in FAMs: one that was passed stands for a block before the first.
+        passed = self.fams_behind[row] - first_block
+        fams = first_block + j + passed - config.previous_fams + torch.arange(config.previous_fams)
         fams = fams.repeat_interleave(config.fam_length)
-        sees_fam = masks.token_sees_fam(config)(query, fams)
+        sees_fam = masks.token_sees_fam(config)(query + passed * B, fams)
         return torch.cat([parts[0], sees_anchor, sees_fam, parts[1]], dim=1) | anyone
+
+    def key_bias(self) -> Tensor | None:
+        """(keys,) what is added to the scores of each key: `fam_bias` to those of FAM; or nothing."""
+        config = self.config
+        if not config.fam_bias:
+            return None
+        first = self.past_used + len(config.anchor_positions)
+        fams = config.previous_fams * config.fam_length
+        bias = torch.zeros(first + fams + self.own_used)
+        bias[first : first + fams] = config.fam_bias
+        return bias

@@ -41,6 +41,10 @@ _MEANINGS = (
 )
 _BORDER = "#333333"
 _QUIET = "#777777"
+_CURVE_COLOURS = (
+    *("#999999", "#56b4e9", "#0072b2", "#009e73"),
+    *("#b0568c", "#f0b429", "#d55e00", "#333333"),
+)
 
 
 @dataclass(frozen=True)
@@ -55,6 +59,23 @@ class Mask:
     roles: Any
     queries: tuple[tuple[str, int], ...]
     keys: tuple[tuple[str, int], ...]
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A line with a band around it.
+
+    Attributes:
+        name: for the legend; curves of the same name look the same in all panels.
+        x: places.
+        y, low, high: the line, and the edges of the band, at each of them.
+    """
+
+    name: str
+    x: Sequence[float]
+    y: Sequence[float]
+    low: Sequence[float]
+    high: Sequence[float]
 
 
 def draw_masks(path: str | PathLike[str], *, sink_tokens: int = 0) -> None:
@@ -125,6 +146,55 @@ def draw_reading(
 
 
 # ---- from predicates to cells
+
+
+def draw_curves(
+    path: str | PathLike[str],
+    panels: Mapping[str, Sequence[Curve]],
+    *,
+    x: str,
+    y: str,
+    marks: Mapping[str, Mapping[str, float]],
+) -> None:
+    """Draw panels of curves over a logarithmic axis, values from 0 to 1.
+
+    Args:
+        path: ends in .png, .svg or .pdf.
+        panels: title -> curves.
+        x, y: what the axes are.
+        marks: title -> name -> place of a vertical line in that panel.
+
+    Raises:
+        UserError: if `path` ends in something else or cannot be written.
+        MissingExtraError: if matplotlib is not installed.
+    """
+    columns = 1 if len(panels) == 1 else 2
+    rows = -(-len(panels) // columns)
+    figure = _figure(path, 7.2 * columns, 4.6 * rows)
+    every = [axes for row in figure.subplots(rows, columns, squeeze=False) for axes in row]
+    for axes in every[len(panels) :]:
+        axes.set_visible(False)
+    names = list(dict.fromkeys(curve.name for curves in panels.values() for curve in curves))
+    colours = dict(zip(names, cycle(_CURVE_COLOURS), strict=False))
+    for axes, (title, curves) in zip(every, panels.items(), strict=False):
+        _plain_axes(axes, title)
+        places = sorted({place for curve in curves for place in curve.x})
+        axes.set_xscale("log", base=2)
+        axes.set_xlim(places[0] / 1.15, places[-1] * 1.15)
+        axes.set_xticks(places, [f"{place:g}" for place in places], fontsize=8)
+        axes.minorticks_off()
+        axes.set_xlabel(x, fontsize=11)
+        axes.set_ylabel(y, fontsize=11)
+        axes.set_ylim(-0.03, 1.05)
+        for curve in curves:
+            colour = colours[curve.name]
+            axes.plot(curve.x, curve.y, label=curve.name, color=colour, linewidth=2, marker=".")
+            axes.fill_between(curve.x, curve.low, curve.high, color=colour, alpha=0.15, linewidth=0)
+        for name, place in marks[title].items():
+            axes.axvline(place, color=_QUIET, linewidth=1, linestyle=":")
+            axes.text(place * 1.06, 1.01, name, color=_QUIET, fontsize=9)
+        axes.legend(frameon=False, fontsize=9, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    _write(figure, path)
 
 
 def mask_of(config: FamConfig, blocks: int) -> Mask:

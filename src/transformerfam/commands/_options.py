@@ -28,6 +28,7 @@ GEOMETRY: dict[str, tuple[str | None, str]] = {
         "(1,2,4,...)",
     ),
     "previous_fams": ("COUNT", "past states of the feedback memory that a block sees"),
+    "fam_bias": ("SCORE", "added to the scores with which tokens look at the feedback memory"),
     "attention": (None, "which past tokens a token sees"),
     "window": ("TOKENS", "window of swa, xl and longformer"),
     "global_positions": ("POSITIONS", "positions that see all and are seen by all (0,1,...)"),
@@ -201,6 +202,8 @@ def _kind(name: str, hint: Any, metavar: str | None) -> dict[str, Any]:
         return {"choices": list(get_args(plain))}
     if get_origin(plain) is tuple:
         return {"type": _positions, "metavar": metavar}
+    if plain is float:
+        return {"type": float, "metavar": metavar}
     return {"type": whole(0), "metavar": metavar}
 
 

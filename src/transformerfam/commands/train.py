@@ -1,0 +1,234 @@
+"""`fam train`: do what a recipe says."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import shutil
+import sys
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from transformerfam import report
+from transformerfam.commands import _options as options
+from transformerfam.errors import UserError
+
+if TYPE_CHECKING:
+    from transformerfam.training.recipe import Recipe
+    from transformerfam.training.settings import SourceSettings
+    from transformerfam.training.trainer import Trained
+
+HELP = "teach a model to use its feedback memory, as a recipe says"
+_SAMPLE_CHARACTERS = 600
+
+EPILOG = """\
+examples:
+  fam train passkey --output passkey-adapter
+  fam train my.toml optimizer.learning_rate=1e-4 data.sources.0.path=texts.jsonl --dry-run
+  fam train my.toml --resume
+  accelerate launch -m transformerfam train my.toml
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of `fam train`."""
+    parser.description = (
+        "Train a model as a recipe says: LoRA and the FAM prompt by default. Ctrl-C ends training "
+        "after the present step, with a checkpoint from which --resume goes on exactly. Needs "
+        "packages of its own: pip install 'transformerfam[train]'."
+    )
+    parser.epilog = EPILOG
+    parser.add_argument(
+        "recipe",
+        metavar="RECIPE",
+        nargs="?",
+        help="a .toml file, or the name of a recipe that comes with transformerfam",
+    )
+    parser.add_argument(
+        "changes",
+        metavar="KEY=VALUE",
+        nargs="*",
+        help="settings that count more than the recipe's, section.key=value as in TOML",
+    )
+    parser.add_argument(
+        "--output", metavar="FOLDER", help="where the adapter goes; the same as run.output=FOLDER"
+    )
+    parser.add_argument(
+        "--resume", action="store_true", help="go on from the newest checkpoint in that folder"
+    )
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="show the settings, count the rows, show one sample, and train nothing",
+    )
+    parser.add_argument(
+        "--settings", action="store_true", help="list every setting with its default and meaning"
+    )
+    options.add_quiet(parser)
+    _let_changes_stand_behind_options(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Read the recipe, train, say what came of it."""
+    if args.settings:
+        from transformerfam.commands import _settings
+
+        print(_settings.as_text(min(shutil.get_terminal_size().columns, 100)))
+        return 0
+    recipe = _recipe(args)
+    if args.dry_run:
+        return _dry_run(recipe)
+    from transformers.utils import logging
+
+    from transformerfam.commands import _session
+    from transformerfam.training.trainer import train
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    first = _is_first_process()
+    progress = report.Progress(quiet=args.quiet or not first)
+
+    def stopping() -> None:
+        if first:
+            _session.say_at_once("Stopping after this step; Ctrl-C again stops at once.")
+
+    with _session.StopOnInterrupt(stopping) as stop:
+        trained = train(
+            recipe,
+            resume=args.resume,
+            quiet=args.quiet or not first,
+            stop=lambda: stop.requested,
+        )
+    if trained.interrupted:
+        progress.note(f"stopped after step {trained.steps:,}; go on with: {_to_resume(args)}")
+        return _session.INTERRUPTED
+    if first:
+        print(_outcome(trained, recipe))
+    return 0
+
+
+def _let_changes_stand_behind_options(parser: argparse.ArgumentParser) -> None:
+    """Take KEY=VALUE anywhere; argparse alone has no words for them behind an option."""
+    parse = parser.parse_known_args
+
+    def known(args: Any = None, namespace: Any = None) -> tuple[argparse.Namespace, list[str]]:
+        found, rest = parse(args, namespace)
+        behind = [word for word in rest if "=" in word and not word.startswith("-")]
+        found.changes = [*(found.changes or ()), *behind]
+        return found, [word for word in rest if word not in behind]
+
+    parser.parse_known_args = known  # type: ignore[assignment, method-assign]
+
+
+def _recipe(args: argparse.Namespace) -> Recipe:
+    """The recipe with all changes, complete."""
+    from transformerfam.training import checks, recipe
+
+    if args.recipe is None:
+        raise UserError(
+            f"Name a recipe, a file or one of {', '.join(recipe.shipped())}; fam train --settings "
+            "lists what one can say."
+        )
+    found = recipe.Recipe.load(recipe.find(args.recipe), args.changes)
+    if args.output is not None:
+        found = found.replace(run=replace(found.run, output=args.output))
+    elif args.dry_run and not found.run.output:
+        return found
+    checks.check_complete(found)
+    return found
+
+
+def _is_first_process() -> bool:
+    """Whether this is the process that speaks; `accelerate launch` numbers them."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _to_resume(args: argparse.Namespace) -> str:
+    """The command that goes on."""
+    words = ["fam", "train", args.recipe, *args.changes]
+    if args.output is not None:
+        words += ["--output", args.output]
+    return shlex.join([*words, "--resume"])
+
+
+def _outcome(trained: Trained, recipe: Recipe) -> str:
+    """What the probes measured, and how to use what was made."""
+    parts = []
+    for name, numbers in trained.results.items():
+        rows = [(key, f"{value:.4g}") for key, value in numbers.items()]
+        parts.append(f"{name}\n{report.facts(rows, indent='  ')}")
+    parts.append(
+        f"wrote {trained.folder} after {trained.steps:,} steps; read with it: fam read FILE --model "
+        f"{shlex.quote(recipe.run.output)}"
+    )
+    return "\n".join(parts)
+
+
+# ---- dry run
+
+
+def _dry_run(recipe: Recipe) -> int:
+    """Show what would be done: settings, data, one sample. Loads a tokenizer and no weights."""
+    print(recipe.to_toml())
+    found = [(f"data.sources.{i}", _described(s)) for i, s in enumerate(recipe.data.sources)]
+    if not found:
+        raise UserError("The recipe has no data; give data.sources.0.path=FILE.")
+    print(report.facts(found), end="\n\n")
+    print(_sample(recipe))
+    if not recipe.run.output:
+        print("The recipe has no run.output yet; name a folder with --output.", file=sys.stderr)
+    return 0
+
+
+def _described(source: SourceSettings) -> str:
+    if source.kind == "passkey":
+        return f"PassKey texts of {source.lengths[0]:,} to {source.lengths[-1]:,} tokens"
+    from transformerfam.data.files import open_rows
+
+    rows = open_rows(source.path, split=source.split, bad_rows=source.bad_rows)
+    text = f"{source.path}, {len(rows):,} rows"
+    if rows.bad.count:
+        text += f", {rows.bad.count:,} more that cannot be used: {'; '.join(rows.bad.examples)}"
+    return text
+
+
+def _sample(recipe: Recipe) -> str:
+    """The first example that would be drawn, decoded."""
+    from transformerfam.training.inputs import open_source
+
+    tokenizer = _tokenizer(recipe.model.base)
+    example = open_source(recipe, tokenizer).draw(0)
+    learned = [i for i, weight in zip(example.ids, example.weights, strict=True) if weight > 0]
+    return (
+        f"first example: {len(example.ids):,} tokens, {len(learned):,} of them learned\n"
+        f"  text     {_cut(tokenizer.decode(list(example.ids)))}\n"
+        f"  learned  {_cut(tokenizer.decode(learned))}"
+    )
+
+
+def _cut(text: str) -> str:
+    """Both ends of a text, on one line."""
+    shown = repr(text)
+    half = _SAMPLE_CHARACTERS // 2
+    return shown if len(shown) <= 2 * half else f"{shown[:half]} ... {shown[-half:]}"
+
+
+def _tokenizer(name: str) -> Any:
+    """A model's tokenizer alone, where that can be had without its weights."""
+    from transformers import AutoTokenizer
+
+    from transformerfam import models
+    from transformerfam.embedded import embedded_folder, first_sentence, quiet
+
+    if name.endswith(".gguf"):
+        return models.load(name)[1]
+    try:
+        with quiet():
+            return AutoTokenizer.from_pretrained(
+                str(embedded_folder()) if name == models.EMBEDDED else name
+            )
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{name} has no tokenizer that can be used ({first_sentence(error)})."
+        ) from error

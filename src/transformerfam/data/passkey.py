@@ -1,0 +1,277 @@
+"""PassKey texts: a number, a lot of irrelevant text, and the question what the number was (figure 10).
+
+Texts are put together from parts that were tokenised once. Knows a tokenizer, no model and no files.
+"""
+
+from __future__ import annotations
+
+import bisect
+import itertools
+import random
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from transformerfam.data.examples import Example, continued
+from transformerfam.errors import UserError
+from transformerfam.text import Encoder, start_tokens
+
+DEFAULT_SENTENCES = (
+    "The grass is green.",
+    "The sky is blue.",
+    "The sun is yellow.",
+    "Here we go.",
+    "There and back again.",
+)
+
+INTRODUCTION = (
+    "There is an important info hidden inside a lot of irrelevant text. Find it and memorize them. "
+    "I will quiz you about the important information there."
+)
+
+NAMES = (
+    *("Alice", "Bob", "Carol", "David", "Emma", "Frank", "Grace", "Henry", "Irene", "Jack"),
+    *("Karen", "Louis", "Maria", "Nathan", "Olivia", "Peter", "Quentin", "Rachel", "Simon"),
+    *("Teresa", "Ursula", "Victor", "Wendy", "Xavier", "Yvonne", "Zachary", "Anna", "Boris"),
+    *("Clara", "Daniel", "Esther", "Felix"),
+)
+
+_SENTENCE = re.compile(r".+?(?:[.!?…]+[\"'”’»)\]]*(?=\s|$)|[。！？]+[”’」』）]*|$)")
+_PARAGRAPH = re.compile(r"\n\s*\n")
+
+
+@dataclass(frozen=True)
+class PasskeySample:
+    """A PassKey text and what is known about it.
+
+    Attributes:
+        example: its tokens; those of the answer, at the end, weigh 1.
+        key: the number that is asked for, in digits.
+        depth: share of the filler that stands before that key, 0 to 1.
+        answer: the tokens of the answer.
+    """
+
+    example: Example
+    key: str
+    depth: float
+    answer: slice
+
+
+class PasskeyTexts:
+    """Endless PassKey texts, each made from (seed, number) alone; a source of examples.
+
+    One key makes the text of figure 10. Of several keys each belongs to a name, and one is asked for.
+
+    Args:
+        tokenizer: a tokenizer of transformers.
+        lengths: in tokens, the answer and the tokenizer's start tokens among them. One: always that;
+            two: the shortest and the longest; more: one of these. A text that has no room for its keys
+            and the question is as long as they are, with no filler.
+        steps_of: with two lengths, those between that are multiples of this.
+        digits: of a key; its first is not 0.
+        keys: how many there are.
+        where: "start": all keys before the filler; "anywhere": each behind a random one of its
+            sentences, or before the first; a number from 0 to 1: the one asked for at that depth of
+            the filler, the others anywhere.
+        filler: sentences, or texts to cut sentences from. The default ones come again and again in
+            their order; others from a random place on, as prose. Sentences with a number as long as a
+            key are left out, since they might tell another key.
+        filler_weight: how much a token that is not of the answer counts.
+        seed: of the draws.
+
+    Raises:
+        UserError: no text can be made like this.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        *,
+        lengths: Sequence[int],
+        steps_of: int = 1,
+        digits: int = 5,
+        keys: int = 1,
+        where: str | float = "start",
+        filler: Sequence[str] = DEFAULT_SENTENCES,
+        filler_weight: float = 0.0,
+        seed: int = 0,
+    ) -> None:
+        _check(lengths, digits, keys, where)
+        self.lengths = _choices(lengths, steps_of)
+        self.digits = digits
+        self.keys = keys
+        self.where = where
+        self.filler_weight = filler_weight
+        self.seed = seed
+        self._tokenizer = tokenizer
+        self._encoder = Encoder(tokenizer)
+        numbers = {tuple(self._encoder.encode(digit, first=True)) for digit in "0123456789"}
+        if len(numbers - {()}) < 10:
+            raise UserError("This tokenizer has no tokens for digits, so it cannot say a pass key.")
+        self._beginning = [
+            *start_tokens(tokenizer),
+            *self._encoder.encode(INTRODUCTION, first=True),
+        ]
+        self._filler = _Filler(self._encoder, filler, digits)
+        self._in_order = tuple([filler] if isinstance(filler, str) else filler) == DEFAULT_SENTENCES
+
+    def draw(self, number: int) -> Example:
+        """The `number`-th example, a pure function of seed and number."""
+        return self.example(random.Random(f"{self.seed}/passkey/{number}"))
+
+    def example(self, rng: random.Random, length: int | None = None) -> Example:
+        """A text of `length` tokens, or of one of the lengths."""
+        return self.sample(rng, length).example
+
+    def sample(self, rng: random.Random, length: int | None = None) -> PasskeySample:
+        """A text of `length` tokens, or of one of the lengths, with what is known about it."""
+        length = rng.choice(self.lengths) if length is None else length
+        numbers = self._numbers(rng)
+        names: list[str | None] = [None] if self.keys == 1 else [*rng.sample(NAMES, self.keys)]
+        asked = rng.randrange(self.keys)
+        told = [self._told(name, key) for name, key in zip(names, numbers, strict=True)]
+        question, answer = self._question(names[asked], numbers[asked])
+        fixed = sum(map(len, (self._beginning, *told, question, answer)))
+        sentences = self._take(rng, max(0, length - fixed))
+        # Tokens of filler up to each border between sentences.
+        borders = [0, *itertools.accumulate(map(len, sentences))]
+        places = self._places(rng, borders, asked)
+        ids = list(self._beginning)
+        for border in range(len(borders)):
+            ids += sentences[border - 1] if border else []
+            for key in _shuffled(rng, [k for k, place in enumerate(places) if place == border]):
+                ids += told[key]
+        ids += question
+        weights = (self.filler_weight,) * len(ids) + (1.0,) * len(answer)
+        return PasskeySample(
+            example=Example((*ids, *answer), weights),
+            key=numbers[asked],
+            depth=borders[places[asked]] / max(1, borders[-1]),
+            answer=slice(len(ids), len(ids) + len(answer)),
+        )
+
+    def answer_span(self, example: Example) -> slice:
+        """Where in an example made here the key stands that is asked for: at its end."""
+        end = len(example.ids)
+        tail = self._tokenizer.decode(list(example.ids[-8 * self.digits - 8 :]))
+        _, answer = self._question(None, tail[-self.digits :])
+        return slice(end - len(answer), end)
+
+    # ---- parts
+
+    def _numbers(self, rng: random.Random) -> list[str]:
+        """Different keys."""
+        found: dict[str, None] = {}
+        while len(found) < self.keys:
+            found[str(rng.randrange(10 ** (self.digits - 1), 10**self.digits))] = None
+        return list(found)
+
+    def _told(self, name: str | None, key: str) -> list[int]:
+        what = _called(name)
+        text = f" The {what} is {key}. Remember it. {key} is the {what}."
+        return self._encoder.encode(text, first=False)
+
+    def _question(self, name: str | None, key: str) -> tuple[list[int], list[int]]:
+        """Token ids of the question and of its answer."""
+        what = _called(name)
+        asked = f"What is the {what}? The {what} is"
+        _, answer = continued(self._tokenizer, asked, f" {key}")
+        return self._encoder.encode(f" {asked}", first=False), answer
+
+    def _take(self, rng: random.Random, budget: int) -> list[list[int]]:
+        """Sentences of `budget` tokens together; the last is cut if it must be."""
+        start = 0 if self._in_order else rng.randrange(len(self._filler))
+        taken: list[list[int]] = []
+        for ids in self._filler.from_sentence(start):
+            if budget <= 0:
+                break
+            taken.append(ids[:budget])
+            budget -= len(ids)
+        return taken
+
+    def _places(self, rng: random.Random, borders: list[int], asked: int) -> list[int]:
+        """At which border between sentences each key stands."""
+        if self.where == "start":
+            return [0] * self.keys
+        places = [rng.randrange(len(borders)) for _ in range(self.keys)]
+        if not isinstance(self.where, str):
+            wanted = self.where * borders[-1]
+            right = bisect.bisect_left(borders, wanted)
+            left = max(0, right - 1)
+            nearer = wanted - borders[left] < borders[right] - wanted
+            places[asked] = left if nearer else right
+        return places
+
+
+class _Filler:
+    """Sentences, each tokenised when it is first needed."""
+
+    def __init__(self, encoder: Encoder, texts: Sequence[str], digits: int) -> None:
+        number = re.compile(rf"\d{{{digits}}}")
+        texts = [texts] if isinstance(texts, str) else texts
+        self._sentences = [s for t in texts for s in sentences_of(t) if not number.search(s)]
+        if not self._sentences:
+            raise UserError(
+                f"The filler has no sentence without a number of {digits} digits; give more text."
+            )
+        self._encoder = encoder
+        self._ids: dict[int, list[int]] = {}
+        if not any(self._encode(n) for n in range(len(self._sentences))):
+            raise UserError("This tokenizer has no tokens for the filler.")
+
+    def __len__(self) -> int:
+        return len(self._sentences)
+
+    def from_sentence(self, start: int) -> Iterator[list[int]]:
+        """Token ids of the sentences from one on, and again from the first, without end."""
+        for n in itertools.count(start):
+            if ids := self._encode(n % len(self)):
+                yield ids
+
+    def _encode(self, n: int) -> list[int]:
+        if n not in self._ids:
+            self._ids[n] = self._encoder.encode(f" {self._sentences[n]}", first=False)
+        return self._ids[n]
+
+
+def sentences_of(text: str) -> list[str]:
+    """The sentences of a text, each on one line; the end of a paragraph ends a sentence too."""
+    paragraphs = (" ".join(paragraph.split()) for paragraph in _PARAGRAPH.split(text))
+    return [s.strip() for paragraph in paragraphs for s in _SENTENCE.findall(paragraph)]
+
+
+def _called(name: str | None) -> str:
+    return "pass key" if name is None else f"pass key of {name}"
+
+
+def _shuffled(rng: random.Random, items: list[int]) -> list[int]:
+    rng.shuffle(items)
+    return items
+
+
+def _choices(lengths: Sequence[int], steps_of: int) -> Sequence[int]:
+    if len(lengths) != 2:
+        return tuple(lengths)
+    shortest, longest = lengths
+    multiples = range(-(-shortest // steps_of) * steps_of, longest + 1, steps_of)
+    if not multiples:
+        raise UserError(
+            f"No multiple of {steps_of:,} lies between the lengths {shortest:,} and {longest:,}."
+        )
+    return multiples
+
+
+def _check(lengths: Sequence[int], digits: int, keys: int, where: str | float) -> None:
+    if not lengths or min(lengths) < 1:
+        raise UserError(f"Lengths of PassKey texts are at least one token, not {list(lengths)}.")
+    if digits < 1:
+        raise UserError(f"A pass key has at least one digit, not {digits}.")
+    most = min(len(NAMES), 9 * 10 ** (digits - 1))
+    if not 1 <= keys <= most:
+        raise UserError(f"A text has 1 to {most} pass keys of {digits} digits, not {keys}.")
+    good = where in ("start", "anywhere") if isinstance(where, str) else 0 <= where <= 1
+    if not good:
+        raise UserError(
+            f"A pass key stands at the start, anywhere, or at a depth of 0 to 1, not {where}."
+        )

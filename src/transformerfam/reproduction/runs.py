@@ -1,0 +1,113 @@
+"""Many small training runs, several at a time, whose results are kept one by one.
+
+A run is a plain value (a dictionary) that a function turns into results. What is in the results file
+already is not done again, so an interrupted reproduction goes on where it was.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+from typing import Any
+
+from transformerfam.errors import UserError
+from transformerfam.files import whole_file
+
+Run = dict[str, Any]
+Result = dict[str, Any]
+
+
+def results_of(
+    runs: Sequence[Run], work: Callable[[Run], Result], file: Path, *, workers: int
+) -> Iterator[tuple[Run, Result, bool]]:
+    """Each run with its result, in the order in which they end; and whether it was kept from before.
+
+    Args:
+        runs: values that JSON can hold, all different.
+        work: makes a result of a run; a function of a module, since it runs in another process.
+        file: where results are kept, JSON lines.
+        workers: processes, of one thread each: small models gain nothing from more.
+    """
+    kept = read_results(file)
+    missing = []
+    for run in runs:
+        if (result := kept.get(_key(run))) is not None:
+            yield run, result, True
+        else:
+            missing.append(run)
+    if not missing:
+        return
+    file.parent.mkdir(parents=True, exist_ok=True)
+    pool = ProcessPoolExecutor(
+        min(workers, len(missing)),
+        mp_context=multiprocessing.get_context("spawn"),
+        initializer=_end_with_parent,
+    )
+    with _one_thread_each(), pool:
+        futures = {pool.submit(work, run): run for run in missing}
+        try:
+            for future in as_completed(futures):
+                run, result = futures[future], future.result()
+                kept[_key(run)] = result
+                _write(file, kept)
+                yield run, result, False
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in list(getattr(pool, "_processes", {}).values()):
+                process.terminate()
+            raise
+
+
+def _end_with_parent() -> None:
+    """A worker whose parent was killed would wait for more work for ever."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def read_results(file: Path) -> dict[str, Result]:
+    """Key of a run -> its result."""
+    if not file.exists():
+        return {}
+    try:
+        lines = [json.loads(line) for line in file.read_text().splitlines()]
+        return {_key(line["run"]): line["result"] for line in lines}
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(f"{file} is no file of results; move it away to begin anew.") from None
+
+
+def _write(file: Path, kept: dict[str, Result]) -> None:
+    lines = [json.dumps({"run": json.loads(k), "result": r}) for k, r in sorted(kept.items())]
+    with whole_file(file) as beside:
+        beside.write_text("\n".join(lines) + "\n")
+
+
+def _key(run: Run) -> str:
+    return json.dumps(run, sort_keys=True)
+
+
+class _one_thread_each:  # a context manager
+    """Processes started meanwhile compute with one thread."""
+
+    _NAMES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
+
+    def __enter__(self) -> None:
+        self._before = {name: os.environ.get(name) for name in self._NAMES}
+        os.environ.update(dict.fromkeys(self._NAMES, "1"))
+
+    def __exit__(self, *_: object) -> None:
+        for name, value in self._before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value

@@ -1,0 +1,151 @@
+"""PassKey without words: a small decoder from scratch, and texts of token ids made as needed.
+
+A marker and a few digits stand somewhere in random filler; at the end a query mark asks for the
+digits. With several keys each has a name, and the query names one of them.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from transformerfam.config import FamConfig
+from transformerfam.conversion import convert
+from transformerfam.data.examples import Example
+from transformerfam.reproduction.figure3a import Part, Shape, Variant, Where
+from transformerfam.training.adaptation import adapt
+from transformerfam.training.probes import logits_from
+from transformerfam.training.recipe import Recipe
+from transformerfam.training.trainer import Trainer
+
+# Token ids: 0 to 9 are digits.
+MARKER, QUERY, FIRST_NAME, FIRST_FILLER, VOCABULARY = 10, 11, 12, 16, 64
+
+
+def toy_model(config: FamConfig, shape: Shape, seed: int) -> Any:
+    """A TransformerFAM with random weights."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(seed)
+    llama = LlamaConfig(
+        hidden_size=shape.width,
+        intermediate_size=4 * shape.width,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=4,
+        vocab_size=VOCABULARY,
+        max_position_embeddings=shape.block,
+    )
+    # Of a model that has learned nothing no token is better to start from than another.
+    return convert(LlamaForCausalLM(llama), config, prompt="vocabulary", seed=seed)
+
+
+@dataclass(frozen=True)
+class ToyPasskeys:
+    """A `Source` of PassKey texts of whole blocks; all rows of a step have the same length.
+
+    Attributes:
+        shape: of texts and batch.
+        keys: keys in a text, one of which is asked for.
+        where: `start`: keys in the first blocks, one a block; `anywhere`: each in a block of its own
+            (while there are enough) before the last; `late`: the key asked for in the block before
+            the last, the others anywhere. In its block a key always stands at the same place: what
+            is to be learned is to remember, not to search.
+        most_blocks: (first step, most blocks of a text from there on), in order; the fewest are 2.
+        seed: of everything.
+    """
+
+    shape: Shape
+    keys: int = 1
+    where: Where = "start"
+    most_blocks: tuple[tuple[int, int], ...] = ((0, 6),)
+    seed: int = 0
+
+    def draw(self, number: int) -> Example:
+        """The number-th text; row r of the batch reads r, r + rows, r + 2 · rows, ..."""
+        step = number // self.shape.rows
+        most = next(most for first, most in reversed(self.most_blocks) if step >= first)
+        blocks = random.Random(f"{self.seed}/blocks/{step}").randint(2, most)
+        return self.example(random.Random(f"{self.seed}/text/{number}"), blocks)
+
+    def example(self, rng: random.Random, blocks: int) -> Example:
+        """A text of so many blocks, whose last tokens are the question and the digits."""
+        block, digits = self.shape.block, self.shape.digits
+        ids = [rng.randrange(FIRST_FILLER, VOCABULARY) for _ in range(blocks * block)]
+        keys = [[rng.randrange(10) for _ in range(digits)] for _ in range(self.keys)]
+        asked = rng.randrange(self.keys)
+        for key, place in enumerate(self._places(rng, blocks, asked)):
+            said = [MARKER, *self._name(key), *keys[key]]
+            # Keys that share a block do not overlap: each has its own part of any block.
+            start = place * block + key * (block // self.keys)
+            ids[start : start + len(said)] = said
+        question = [QUERY, *self._name(asked), *keys[asked]]
+        ids[-len(question) :] = question
+        weights = [0.0] * (len(ids) - digits) + [1.0] * digits
+        return Example(tuple(ids), tuple(weights))
+
+    def _name(self, key: int) -> list[int]:
+        """One key needs no name."""
+        return [FIRST_NAME + key] if self.keys > 1 else []
+
+    def _places(self, rng: random.Random, blocks: int, asked: int) -> list[int]:
+        """The block of each key; the last block is for the question."""
+        before = blocks - 1
+        if self.where == "start":
+            return [min(key, before - 1) for key in range(self.keys)]
+        if before >= self.keys:
+            places = rng.sample(range(before), self.keys)
+        else:
+            places = [rng.randrange(before) for _ in range(self.keys)]
+        if self.where == "late":
+            places[asked] = before - 1
+        return places
+
+
+@dataclass(frozen=True)
+class TakingTurns:
+    """A `Source` that takes every step from the next of several, so that a step is of one kind."""
+
+    sources: tuple[ToyPasskeys, ...]
+
+    def draw(self, number: int) -> Example:
+        """See `Source`."""
+        step = number // self.sources[0].shape.rows
+        return self.sources[step % len(self.sources)].draw(number)
+
+
+def digit_accuracy(model: Any, source: ToyPasskeys, blocks: int, count: int) -> float:
+    """Share of the digits of `count` keys, after texts that training never sees; chance is 0.1."""
+    rng = random.Random(f"asked/{blocks}")
+    ids = torch.tensor([list(source.example(rng, blocks).ids) for _ in range(count)])
+    digits = source.shape.digits
+    model.eval()
+    logits = logits_from(model, ids, ids.shape[1] - digits - 1)
+    return float((logits[:, :-1].argmax(-1) == ids[:, -digits:]).float().mean())
+
+
+def trained(part: Part, variant: Variant, seed: int, steps: int) -> tuple[Any, list[float]]:
+    """A toy model that has learned, and the loss of each step."""
+    shape = part.shape
+    geometry = {"block_size": shape.block, "sink_tokens": 0, "first_residual": "zero"}
+    recipe = Recipe.from_dict(
+        {
+            "fam": {**geometry, **variant.fam},
+            "train": {"what": "full"},
+            "data": {
+                "layout": "single",
+                "length": part.longest_trained * shape.block,
+                "batch_size": shape.rows,
+            },
+            "optimizer": {"beta2": 0.999, **part.optimizer, **variant.optimizer},
+            "feedback": dict(variant.feedback),
+            "run": {"steps": steps, "seed": seed, "activation_checkpointing": False},
+        }
+    )
+    lengths = tuple((round(share * steps), most) for share, most in part.lengths)
+    sources = [ToyPasskeys(shape, keys, where, lengths, seed) for keys, where in part.trained]
+    model = adapt(toy_model(recipe.fam, shape, seed), recipe.train, seed)
+    losses = Trainer(recipe, model, TakingTurns(tuple(sources)), quiet=True).run().losses
+    return model, [loss for loss in losses if loss is not None]

@@ -1,0 +1,96 @@
+"""What one micro batch brings: rows of the same length, and how much each token counts.
+
+Knows no model and no files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from transformerfam.data.rows import Piece
+
+
+@dataclass(frozen=True)
+class Batch:
+    """R rows of T tokens.
+
+    Attributes:
+        inputs: (R, T) token ids.
+        targets: (R, T), the token after each of them.
+        weights: (R, T) float, how much predicting that target counts.
+        valid: (R, T) bool, False where a shorter row is filled up; None: nowhere.
+        fresh: for each row whether it begins a new stream.
+    """
+
+    inputs: Tensor
+    targets: Tensor
+    weights: Tensor
+    valid: Tensor | None
+    fresh: tuple[bool, ...]
+
+    @classmethod
+    def of(cls, pieces: Sequence[Piece]) -> Batch:
+        """Rows one below the other, filled up on the right to the longest."""
+        lengths = torch.tensor([len(p.inputs) for p in pieces])
+        longest = int(lengths.max())
+        valid = torch.arange(longest)[None] < lengths[:, None]
+        return cls(
+            inputs=_rows([p.inputs for p in pieces], longest, torch.long),
+            targets=_rows([p.targets for p in pieces], longest, torch.long),
+            weights=_rows([p.weights for p in pieces], longest, torch.float32),
+            valid=None if bool(valid.all()) else valid,
+            fresh=tuple(p.fresh for p in pieces),
+        )
+
+    @property
+    def tokens(self) -> int:
+        """Tokens read, without what fills up."""
+        return self.inputs.numel() if self.valid is None else int(self.valid.sum())
+
+    def to(self, device: torch.device) -> Batch:
+        """On another device; `valid` stays on the CPU, where it is looked at."""
+        return replace(
+            self,
+            inputs=self.inputs.to(device),
+            targets=self.targets.to(device),
+            weights=self.weights.to(device),
+        )
+
+    def filled_up(self, length: int) -> Batch:
+        """Of at least `length` columns."""
+        more = length - self.inputs.shape[1]
+        if more <= 0:
+            return self
+        valid = torch.ones_like(self.inputs, dtype=torch.bool) if self.valid is None else self.valid
+        return Batch(
+            pad(self.inputs, (0, more)),
+            pad(self.targets, (0, more)),
+            pad(self.weights, (0, more)),
+            pad(valid, (0, more)),
+            self.fresh,
+        )
+
+    def segments(self, size: int) -> Iterator[Batch]:
+        """Cut along time into pieces of `size` tokens; 0: not at all."""
+        size = size or self.inputs.shape[1]
+        for start in range(0, self.inputs.shape[1], size):
+            cut = slice(start, start + size)
+            yield Batch(
+                self.inputs[:, cut],
+                self.targets[:, cut],
+                self.weights[:, cut],
+                None if self.valid is None else self.valid[:, cut],
+                self.fresh,
+            )
+
+
+def _rows(values: Sequence[Sequence[float]], longest: int, dtype: torch.dtype) -> Tensor:
+    made = torch.zeros(len(values), longest, dtype=dtype)
+    for row, numbers in enumerate(values):
+        made[row, : len(numbers)] = torch.tensor(numbers, dtype=dtype)
+    return made

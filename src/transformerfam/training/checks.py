@@ -1,0 +1,277 @@
+"""What settings of a recipe cannot be, alone and together, each with the reason.
+
+One function for each section. Knows what settings mean; nothing of files, models or torch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any
+
+from transformerfam.errors import UserError
+from transformerfam.training.settings import SourceSettings
+
+if TYPE_CHECKING:
+    from transformerfam.training.recipe import Recipe
+
+# A meaning in SourceSettings begins with the kind of source that it is for, if it is for one.
+_KINDS = ("files", "passkey")
+
+
+def check(recipe: Recipe) -> None:
+    """Refuse a recipe that cannot be done.
+
+    Raises:
+        UserError: one sentence that names the setting and says why.
+    """
+    _check_finite(recipe)
+    _check_model(recipe)
+    _check_train(recipe)
+    _check_data(recipe)
+    for index, source in enumerate(recipe.data.sources):
+        _check_source(recipe, source, f"data.sources.{index}")
+    _check_optimizer(recipe)
+    _check_feedback(recipe)
+    _check_run(recipe)
+    _check_probes(recipe)
+
+
+def check_complete(recipe: Recipe) -> None:
+    """Refuse a recipe that says not all that a run by itself needs: data and a place to write to.
+
+    Raises:
+        UserError: one sentence that says what to give.
+    """
+    _refuse_unless(
+        bool(recipe.data.sources),
+        "The recipe has no data; give data.sources.0.path=FILE, or a [[data.sources]] in its file.",
+    )
+    _refuse_unless(
+        bool(recipe.run.output), "The recipe has no run.output; name a folder with --output."
+    )
+
+
+def not_for(kind: str) -> list[str]:
+    """The settings of a source that do nothing in one of this kind."""
+    return [
+        field.name
+        for field in fields(SourceSettings)
+        if (of := field.metadata["meaning"].partition(": ")[0]) in _KINDS and of != kind
+    ]
+
+
+# ---- parts
+
+
+def _refuse_unless(holds: bool, sentence: str) -> None:
+    if not holds:
+        raise UserError(sentence)
+
+
+def _at_least(least: float, section: str, settings: Any, names: Iterable[str]) -> None:
+    for name in names:
+        value = getattr(settings, name)
+        _refuse_unless(value >= least, f"{section}.{name} must be at least {least}, not {value}.")
+
+
+def _above_zero(section: str, settings: Any, names: Iterable[str]) -> None:
+    for name in names:
+        value = getattr(settings, name)
+        _refuse_unless(value > 0, f"{section}.{name} must be above 0, not {value}.")
+
+
+def _probability(section: str, settings: Any, name: str) -> None:
+    value = getattr(settings, name)
+    _refuse_unless(
+        0 <= value <= 1, f"{section}.{name} is a probability, from 0 to 1, and cannot be {value}."
+    )
+
+
+def _ascending(key: str, lengths: Sequence[int]) -> None:
+    _refuse_unless(
+        all(n >= 1 for n in lengths) and list(lengths) == sorted(lengths),
+        f"{key} must be lengths in tokens in ascending order, not {list(lengths)}.",
+    )
+
+
+def _place(key: str, where: str | float) -> None:
+    """Where a pass key stands."""
+    good = where in ("start", "anywhere") if isinstance(where, str) else 0 <= where <= 1
+    _refuse_unless(good, f"{key} must be start, anywhere, or a depth from 0 to 1, not {where}.")
+
+
+# ---- sections
+
+
+def _check_finite(recipe: Recipe) -> None:
+    tables: dict[str, Any] = {
+        "train": recipe.train,
+        "data": recipe.data,
+        "optimizer": recipe.optimizer,
+        "feedback": recipe.feedback,
+        "probes": recipe.probes,
+        **{f"data.sources.{i}": s for i, s in enumerate(recipe.data.sources)},
+    }
+    for section, settings in tables.items():
+        for field in fields(settings):
+            value = getattr(settings, field.name)
+            finite = not isinstance(value, float) or math.isfinite(value)
+            _refuse_unless(finite, f"{section}.{field.name} must be a finite number, not {value}.")
+
+
+def _check_model(recipe: Recipe) -> None:
+    _refuse_unless(bool(recipe.model.base), "model.base is empty; name a model.")
+
+
+def _check_train(recipe: Recipe) -> None:
+    train = recipe.train
+    _at_least(1, "train", train, ["rank"])
+    _above_zero("train", train, ["alpha"])
+    _refuse_unless(
+        0 <= train.dropout < 1, f"train.dropout must be from 0 to below 1, not {train.dropout}."
+    )
+    targets = train.targets
+    _refuse_unless(
+        bool(targets) and all(targets),
+        'train.targets is empty; name matrices, or all of them with "all-linear".',
+    )
+    _refuse_unless(
+        targets == ("all-linear",) or "all-linear" not in targets,
+        'train.targets names all matrices with "all-linear"; leave the others out.',
+    )
+    _refuse_unless(
+        train.what != "prompt" or recipe.fam.has_feedback,
+        'train.what="prompt" trains the FAM prompt alone, and fam.fam_length=0 has none.',
+    )
+    _refuse_unless(
+        train.what != "full" or not recipe.model.adapter,
+        'train.what="full" cannot go on from model.adapter; merge it first with fam merge.',
+    )
+
+
+def _check_data(recipe: Recipe) -> None:
+    data = recipe.data
+    _at_least(1, "data", data, ["batch_size"])
+    _at_least(2, "data", data, ["length"])
+    _at_least(0, "data", data, ["micro_batch_size", "repeat_length", "repeat_weight"])
+    micro, rows = data.micro_batch_size, data.batch_size
+    _refuse_unless(
+        not micro or rows % micro == 0,
+        f"data.micro_batch_size={micro} does not divide data.batch_size={rows}.",
+    )
+    if data.repeat_length:
+        _refuse_unless(
+            data.layout == "packed",
+            f'data.repeat_length needs data.layout="packed", and it is "{data.layout}".',
+        )
+        _refuse_unless(
+            2 * data.repeat_length < data.length,
+            f"data.repeat_length={data.repeat_length} must be less than half of "
+            f"data.length={data.length}: the segment stands in the row twice.",
+        )
+    _refuse_unless(
+        not data.sources or any(source.share != 0 for source in data.sources),
+        "Every share of data.sources is 0, so nothing would be read.",
+    )
+
+
+def _check_source(recipe: Recipe, source: SourceSettings, key: str) -> None:
+    _at_least(0, key, source, ["share"])
+    for name in not_for(source.kind):
+        default = next(f.default for f in fields(source) if f.name == name)
+        _refuse_unless(
+            getattr(source, name) == default,
+            f'{key}.{name} does nothing in a source of kind "{source.kind}"; leave it out.',
+        )
+    if source.kind == "files":
+        _refuse_unless(
+            bool(source.path), f"{key}.path is empty; name a file, a folder or a data set."
+        )
+        return
+    _at_least(1, key, source, ["lengths_in_steps_of", "keys", "digits"])
+    _at_least(0, key, source, ["filler_weight"])
+    _place(f"{key}.where", source.where)
+    _refuse_unless(
+        1 <= len(source.lengths) <= 2,
+        f"{key}.lengths must be a shortest and a longest length, not {list(source.lengths)}.",
+    )
+    _ascending(f"{key}.lengths", source.lengths)
+    step, shortest, longest = source.lengths_in_steps_of, source.lengths[0], source.lengths[-1]
+    _refuse_unless(
+        longest // step * step >= shortest,
+        f"{key}.lengths holds no multiple of lengths_in_steps_of={step}.",
+    )
+    _refuse_unless(
+        recipe.data.layout != "single" or longest <= recipe.data.length,
+        f"{key}.lengths goes up to {longest}, and data.length={recipe.data.length} leaves longer "
+        "examples out; raise data.length.",
+    )
+
+
+def _check_optimizer(recipe: Recipe) -> None:
+    optimizer = recipe.optimizer
+    _above_zero("optimizer", optimizer, ["learning_rate"])
+    for name in ("beta1", "beta2"):
+        value = getattr(optimizer, name)
+        _refuse_unless(0 <= value < 1, f"optimizer.{name} must be from 0 to below 1, not {value}.")
+    _at_least(0, "optimizer", optimizer, ["weight_decay", "warmup_steps", "max_grad_norm"])
+
+
+def _check_feedback(recipe: Recipe) -> None:
+    feedback, fam = recipe.feedback, recipe.fam
+    _at_least(0, "feedback", feedback, ["bptt_blocks", "state_passing_delay", "bias_steps"])
+    _probability("feedback", feedback, "state_passing")
+    _probability("feedback", feedback, "position_offset")
+    _above_zero("feedback", feedback, ["position_offset_limit"])
+    _refuse_unless(
+        feedback.bptt_blocks != 1 or not fam.has_feedback,
+        "feedback.bptt_blocks=1 teaches FAM nothing, since what one block writes is read in the next; "
+        "take 2 or more, or 0 for all.",
+    )
+    _refuse_unless(
+        feedback.position_offset == 0 or recipe.data.layout != "documents",
+        'feedback.position_offset is for data.layout="packed" or "single"; in "documents" positions '
+        "go on from step to step.",
+    )
+    if feedback.state_passing:
+        _refuse_unless(
+            fam.has_feedback, "feedback.state_passing passes FAM on, and fam.fam_length=0 has none."
+        )
+        _refuse_unless(
+            recipe.data.layout != "documents",
+            'feedback.state_passing is for data.layout="packed" or "single"; in "documents" the '
+            "whole memory is carried from step to step already.",
+        )
+    _refuse_unless(
+        feedback.bias_steps > 0 or feedback.bias_start == 0,
+        "feedback.bias_start does nothing without feedback.bias_steps.",
+    )
+    if feedback.bias_steps:
+        _refuse_unless(
+            fam.has_feedback, "feedback.bias_steps needs a feedback memory; set fam.fam_length."
+        )
+        _refuse_unless(
+            feedback.bias_start < fam.fam_bias,
+            f"feedback.bias_steps needs a feedback.bias_start below fam.fam_bias={fam.fam_bias}, to "
+            f"which it rises; it is {feedback.bias_start}.",
+        )
+
+
+def _check_run(recipe: Recipe) -> None:
+    run = recipe.run
+    _at_least(1, "run", run, ["steps", "keep_checkpoints", "log_every"])
+    _at_least(0, "run", run, ["seed", "checkpoint_every"])
+    _above_zero("run", run, ["explode_at"])  # inf: never
+
+
+def _check_probes(recipe: Recipe) -> None:
+    probes = recipe.probes
+    _at_least(0, "probes", probes, ["every"])
+    _at_least(2, "probes", probes, ["heldout_tokens"])
+    _at_least(
+        1, "probes", probes, ["heldout_rows", "passkey_samples", "passkey_keys", "passkey_digits"]
+    )
+    _ascending("probes.passkey_lengths", probes.passkey_lengths)
+    _place("probes.passkey_where", probes.passkey_where)

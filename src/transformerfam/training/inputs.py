@@ -1,0 +1,165 @@
+"""From the settings of a recipe to what is read: the source, the rows of the batch, the probes.
+
+The one place that knows both settings and `transformerfam.data`.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformerfam.data.examples import BadRow, Example, from_row, repeat_marker
+from transformerfam.data.files import Rows, open_rows
+from transformerfam.data.passkey import DEFAULT_SENTENCES, PasskeyTexts
+from transformerfam.data.rows import (
+    FileSource,
+    Mixture,
+    RepeatTask,
+    RowReader,
+    Source,
+    row_reader,
+)
+from transformerfam.errors import UserError
+from transformerfam.training.probes import HeldOut, Passkey, Probe
+from transformerfam.training.recipe import Recipe
+from transformerfam.training.settings import SourceSettings
+
+
+@dataclass(frozen=True)
+class PasskeySource:
+    """PassKey texts, of the same length in all rows of a step: a batch then needs no filling up."""
+
+    texts: PasskeyTexts
+    rows: int
+
+    def draw(self, number: int) -> Example:
+        """See `Source`."""
+        of_step = random.Random(f"{self.texts.seed}/length/{number // self.rows}")
+        rng = random.Random(f"{self.texts.seed}/passkey/{number}")
+        return self.texts.example(rng, of_step.choice(self.texts.lengths))
+
+
+def open_source(
+    recipe: Recipe, tokenizer: Any, *, note: Callable[[str], None] | None = None
+) -> Source:
+    """What a recipe reads.
+
+    Args:
+        recipe: settings.
+        tokenizer: a tokenizer of transformers.
+        note: told of rows that cannot be used.
+
+    Raises:
+        UserError: for data that cannot be used, with file and line.
+    """
+    sources = [
+        (_source(settings, recipe, tokenizer, place, note), settings.share)
+        for place, settings in enumerate(recipe.data.sources)
+    ]
+    if not sources:
+        raise UserError("The recipe has no data; give data.sources.0.path=FILE.")
+    return sources[0][0] if len(sources) == 1 else Mixture(sources, seed=recipe.run.seed)
+
+
+def row_readers(recipe: Recipe, source: Source, tokenizer: Any = None) -> list[RowReader]:
+    """The readers of all rows of the batch, over all processes; the tokenizer is for the repeat task."""
+    data, repeat = recipe.data, None
+    if data.repeat_length:
+        repeat = RepeatTask(
+            repeat_marker(tokenizer), data.repeat_length, data.repeat_weight, recipe.run.seed
+        )
+    return [
+        row_reader(
+            data.layout, source, row=r, rows=data.batch_size, length=data.length, repeat=repeat
+        )
+        for r in range(data.batch_size)
+    ]
+
+
+def open_probes(recipe: Recipe, tokenizer: Any) -> list[Probe]:
+    """What a recipe measures.
+
+    Raises:
+        UserError: for held-out texts that cannot be used.
+    """
+    settings, probes = recipe.probes, list[Probe]()
+    if settings.heldout:
+        rows = open_rows(settings.heldout, bad_rows="refuse")
+        count = min(len(rows), settings.heldout_rows)
+        names = [_short_name(rows, i) for i in range(count)]
+        if len(set(names)) < count:  # files of one name in several folders
+            names = [rows.places(i) for i in range(count)]
+        texts = {name: from_row(tokenizer, rows[i]) for i, name in enumerate(names)}
+        limit = settings.heldout_tokens
+        cut = {name: Example(e.ids[:limit], e.weights[:limit]) for name, e in texts.items()}
+        for name, example in cut.items():
+            if not any(example.weights[1:]):
+                raise UserError(f"Nothing counts in the first {limit:,} tokens of {name}.")
+        probes.append(HeldOut(cut))
+    if settings.passkey_lengths:
+        texts_made = PasskeyTexts(
+            tokenizer,
+            lengths=settings.passkey_lengths,
+            digits=settings.passkey_digits,
+            keys=settings.passkey_keys,
+            where=settings.passkey_where,
+            filler=_filler(settings.passkey_filler),
+        )
+        probes.append(
+            Passkey(texts_made, settings.passkey_lengths, settings.passkey_samples, recipe.run.seed)
+        )
+    return probes
+
+
+def _source(
+    settings: SourceSettings,
+    recipe: Recipe,
+    tokenizer: Any,
+    place: int,
+    note: Callable[[str], None] | None,
+) -> Source:
+    # Two sources of one kind are not to read the same.
+    seed = recipe.run.seed * 1000 + place
+    if settings.kind == "files":
+        rows = open_rows(settings.path, split=settings.split, bad_rows=settings.bad_rows)
+        if rows.bad.count and note is not None:
+            note(
+                f"{settings.path}: {rows.bad.count:,} rows cannot be used, {len(rows):,} can: "
+                + "; ".join(rows.bad.examples)
+            )
+        return FileSource(rows, tokenizer, seed=seed, shuffle=settings.shuffle)
+    texts = PasskeyTexts(
+        tokenizer,
+        lengths=settings.lengths,
+        steps_of=settings.lengths_in_steps_of,
+        digits=settings.digits,
+        keys=settings.keys,
+        where=settings.where,
+        filler=_filler(settings.filler),
+        filler_weight=settings.filler_weight,
+        seed=seed,
+    )
+    return PasskeySource(texts, recipe.data.batch_size)
+
+
+def _filler(path: str) -> Sequence[str]:
+    """The texts at `path`, or the sentences of the literature."""
+    if not path:
+        return DEFAULT_SENTENCES
+    rows, texts = open_rows(path), []
+    for index in range(len(rows)):
+        try:
+            texts.append(rows[index]["text"])
+        except (BadRow, KeyError):  # other rows will do
+            continue
+    if not texts:
+        raise UserError(f"{path} holds no plain text to fill PassKey texts with.")
+    return texts
+
+
+def _short_name(rows: Rows, index: int) -> str:
+    """A row's place without its folder."""
+    return Path(rows.places(index)).name

@@ -1,0 +1,188 @@
+"""Everything that a training run can be told, one dataclass for each part of it.
+
+Each field carries its meaning, from which docs/recipes.md is made. Knows no torch and no files.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+
+def _setting(default: Any, meaning: str) -> Any:
+    """A field of a settings dataclass with its meaning for people."""
+    return field(default=default, metadata={"meaning": meaning})
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    """Which model learns."""
+
+    base: str = _setting(
+        "smollm2", "a folder, a name on the hub, a .gguf file, or `smollm2`, the embedded model"
+    )
+    adapter: str = _setting("", "folder of an adapter of this model to go on from; empty: none")
+    prompt: Literal["start", "vocabulary"] = _setting(
+        "start",
+        "what the FAM prompt of a model that has none starts from: the token that texts start with, "
+        "or tokens of the vocabulary drawn by the seed",
+    )
+    dtype: Literal["float32", "bfloat16"] = _setting(
+        "float32", "type of the weights that are not trained; trained weights are float32"
+    )
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """What is trained (section 3.1: LoRA on attention and feed-forward, and the FAM prompt)."""
+
+    what: Literal["lora", "full", "prompt"] = _setting(
+        "lora",
+        "`lora`: low-rank changes of matrices, and the prompt; `full`: every weight; `prompt`: the "
+        "FAM prompt alone",
+    )
+    rank: int = _setting(64, "rank of LoRA; the paper's is 64")
+    alpha: float = _setting(64.0, "LoRA's change is multiplied by alpha / rank")
+    dropout: float = _setting(0.0, "dropout before LoRA's matrices")
+    targets: tuple[str, ...] = _setting(
+        ("all-linear",), "names of the matrices that LoRA changes; `all-linear`: all in the layers"
+    )
+
+
+@dataclass(frozen=True)
+class SourceSettings:
+    """One place that texts come from. A recipe may have several."""
+
+    kind: Literal["files", "passkey"] = _setting(
+        "files", "`files`: rows of files or of a data set; `passkey`: made up as needed"
+    )
+    share: float = _setting(1.0, "how often this source is drawn from, against the others' shares")
+    path: str = _setting(
+        "",
+        "files: a .jsonl, .parquet or text file, a folder, a pattern with *, or a name on the hub. "
+        "Rows are {prompt, completion}, {messages} or {text}; a text file is one row",
+    )
+    split: str = _setting("train", "files: the split of a data set of the hub")
+    shuffle: bool = _setting(True, "files: another order in each epoch, or always the given one")
+    bad_rows: Literal["skip", "refuse"] = _setting(
+        "skip", "files: what to do about rows that cannot be used; they are counted and named"
+    )
+    lengths: tuple[int, ...] = _setting(
+        (2048, 18432), "passkey: shortest and longest text, in tokens"
+    )
+    lengths_in_steps_of: int = _setting(
+        1, "passkey: lengths are multiples of this; block_size keeps the blocks of a batch alike"
+    )
+    where: str | float = _setting(
+        "start", "passkey: where the key stands: `start`, `anywhere`, or a depth from 0 to 1"
+    )
+    keys: int = _setting(1, "passkey: how many keys the text holds, of which one is asked for")
+    digits: int = _setting(5, "passkey: digits of a key")
+    filler: str = _setting(
+        "", "passkey: file or folder of prose to fill up with; empty: five short sentences again"
+    )
+    filler_weight: float = _setting(0.0, "passkey: weight of the tokens that are not the answer")
+
+
+@dataclass(frozen=True)
+class DataSettings:
+    """What is read in a step."""
+
+    layout: Literal["packed", "single", "documents"] = _setting(
+        "packed",
+        "`packed`: examples one after the other, cut to `length` (section 3.1); `single`: an example "
+        "a row; `documents`: rows walk through documents in order, memory carried from step to step",
+    )
+    length: int = _setting(
+        8448,
+        "tokens of a row in a step: `packed` exactly, `documents` at most; in `single` longer "
+        "examples are left out",
+    )
+    batch_size: int = _setting(128, "rows of a step, over all processes")
+    micro_batch_size: int = _setting(
+        0, "rows that one process computes at a time; 0: all of its rows"
+    )
+    repeat_length: int = _setting(
+        0, "packed: tokens of the repeat task (B.2), the paper's are 256; 0: none"
+    )
+    repeat_weight: float = _setting(0.1, "packed: weight of the repeated tokens")
+    sources: tuple[SourceSettings, ...] = _setting((), "where the texts come from")
+
+
+@dataclass(frozen=True)
+class OptimizerSettings:
+    """How weights follow gradients."""
+
+    name: Literal["adamw", "adafactor"] = _setting("adamw", "the paper's is adafactor")
+    learning_rate: float = _setting(1e-3, "highest rate")
+    beta1: float = _setting(0.9, "memory of the mean of gradients")
+    beta2: float = _setting(0.99, "memory of the mean of their squares")
+    weight_decay: float = _setting(0.0, "decoupled weight decay")
+    warmup_steps: int = _setting(20, "steps in which the rate rises from 0")
+    schedule: Literal["constant", "linear", "cosine"] = _setting(
+        "constant", "the rate after warm-up: as the paper, or falling to 0 at the last step"
+    )
+    max_grad_norm: float = _setting(1.0, "longer gradients are cut to this norm; 0: never")
+
+
+@dataclass(frozen=True)
+class FeedbackSettings:
+    """What is special about training a feedback memory (B.2)."""
+
+    bptt_blocks: int = _setting(
+        0,
+        "gradients reach back this many blocks at most (truncated backpropagation); 0: through all "
+        "blocks of a row in a step",
+    )
+    state_passing: float = _setting(
+        0.0, "probability that a step starts from the FAM of the step before (random state passing)"
+    )
+    state_passing_delay: int = _setting(0, "steps before state passing begins")
+    position_offset: float = _setting(
+        0.0, "probability that positions are moved by a random offset in a step"
+    )
+    position_offset_limit: float = _setting(62831.853, "largest offset; the paper's is 2π·10000")
+    bias_start: float = _setting(
+        0.0,
+        "added to the scores of FAM keys in the first step; very negative: the model begins as the "
+        "same windows without feedback",
+    )
+    bias_steps: int = _setting(0, "steps in which that rises to the `fam_bias` of [fam], 0 mostly")
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """How long, how, and where to."""
+
+    output: str = _setting("", "folder for the adapter, checkpoints and the journal")
+    steps: int = _setting(1000, "steps of the optimizer")
+    seed: int = _setting(0, "of everything random: data, new weights, state passing")
+    precision: Literal["fp32", "bf16"] = _setting("fp32", "of the computation (autocast)")
+    activation_checkpointing: bool = _setting(
+        True, "compute layers again for their gradients instead of keeping them in memory"
+    )
+    checkpoint_every: int = _setting(100, "steps from one checkpoint to the next; 0: none")
+    keep_checkpoints: int = _setting(2, "the newest so many are kept")
+    log_every: int = _setting(1, "steps from one line of metrics.jsonl to the next")
+    tensorboard: bool = _setting(True, "write files for TensorBoard, if it is installed")
+    explode_at: float = _setting(
+        1e6, "stop when the norm of the gradient exceeds this, or is not a number"
+    )
+
+
+@dataclass(frozen=True)
+class ProbeSettings:
+    """What is measured during training, and once at the end."""
+
+    every: int = _setting(0, "steps from one measurement to the next; 0: at the end only")
+    heldout: str = _setting(
+        "", "files that are not trained on, whose loss is measured; empty: none"
+    )
+    heldout_tokens: int = _setting(16384, "tokens of each of them, from its start")
+    heldout_rows: int = _setting(8, "at most so many of them")
+    passkey_lengths: tuple[int, ...] = _setting((), "PassKey is asked at these lengths, in tokens")
+    passkey_samples: int = _setting(10, "keys at each length")
+    passkey_where: str | float = _setting("start", "as `where` of a passkey source")
+    passkey_keys: int = _setting(1, "as `keys` of a passkey source")
+    passkey_digits: int = _setting(5, "as `digits` of a passkey source")
+    passkey_filler: str = _setting("", "as `filler` of a passkey source")

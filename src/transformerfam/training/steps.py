@@ -1,0 +1,203 @@
+"""One step of training: forward and backward through blocks, segments and FAM (section 3.1, B.2).
+
+Knows how state goes from segment to segment and from step to step; knows neither where tokens come
+from nor what the optimizer does with gradients.
+
+A step reads its rows in segments of `bptt_blocks` blocks. Inside a segment gradients flow through
+memory segments and FAM; between segments the memory goes on and the gradient does not. Rows of the
+`documents` layout go on in the next step; others begin anew, or with the FAM that the first row of
+the step before left behind (random state passing).
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from transformerfam.conversion import reconfigure
+from transformerfam.memory import Memory
+from transformerfam.training.batches import Batch
+from transformerfam.training.recipe import Recipe
+
+
+@dataclass
+class Carried:
+    """What a step leaves to the next.
+
+    Attributes:
+        memories: in the `documents` layout the memory of each micro batch.
+        fams: F of each layer, (1, N, d), as the first row of all left it; None: nothing yet.
+    """
+
+    memories: list[Memory] = field(default_factory=list)
+    fams: tuple[Tensor, ...] | None = None
+
+
+class Stepper:
+    """Forward and backward of steps.
+
+    Args:
+        accelerator: of Hugging Face accelerate.
+        model: what it has prepared, maybe wrapped.
+        base: the TransformerFAM inside.
+        recipe: settings.
+    """
+
+    def __init__(self, accelerator: Any, model: Any, base: Any, recipe: Recipe) -> None:
+        self.accelerator = accelerator
+        self.model = model
+        self.base = base
+        self.recipe = recipe
+        self.feedback = recipe.feedback
+        self.carried = Carried()
+
+    def run(self, step: int, batches: Sequence[Batch]) -> float | None:
+        """Add the gradients of the mean loss over all rows of all processes.
+
+        Args:
+            step: number of the step, from 0; everything random follows from it and the seed.
+            batches: this process's micro batches, the same number on every process.
+
+        Returns:
+            The weighted mean loss in nats over all processes; None if no token of the step counts.
+        """
+        self.set_bias(step)
+        if self._sharded:
+            batches = self._alike(batches)
+        torch.manual_seed(self._seed(step))
+        total = self._sum_over_processes(sum(float(b.weights.sum()) for b in batches))
+        summed = torch.zeros((), dtype=torch.float64)
+        memories: list[Memory] = []
+        for i, batch in enumerate(batches):
+            memory = self._begin(batch, i, step)
+            is_last = i == len(batches) - 1
+            loss, memory = self._through(batch, memory, total, is_last)
+            summed += loss
+            memories.append(memory)
+        if self.recipe.data.layout == "documents":
+            self.carried.memories = memories
+        if self.feedback.state_passing:
+            self.carried.fams = self._from_first_process(_fams_of_first_row(memories[0]))
+        return self._sum_over_processes(float(summed)) / total if total else None
+
+    # ---- what a step begins with
+
+    def set_bias(self, step: int) -> None:
+        """`fam_bias` on its way from `bias_start` to what the recipe's geometry says."""
+        wanted = bias_at(step, self.recipe)
+        config = self.base.fam_config
+        if config.has_feedback and config.fam_bias != wanted:
+            reconfigure(self.base, config.replace(fam_bias=wanted))
+
+    def _begin(self, batch: Batch, index: int, step: int) -> Memory:
+        if self.recipe.data.layout == "documents" and index < len(self.carried.memories):
+            return self.carried.memories[index].restart(batch.fresh)
+        memory = Memory.for_model(self.base, len(batch.fresh))
+        chance = random.Random(f"{self.recipe.run.seed}/begin/{step}")
+        passes = chance.random() < self.feedback.state_passing
+        if passes and step >= self.feedback.state_passing_delay and self.carried.fams is not None:
+            memory.begin_with(self.carried.fams)
+        if chance.random() < self.feedback.position_offset:
+            memory.offset = chance.uniform(0, self.feedback.position_offset_limit)
+        return memory
+
+    # ---- segments
+
+    def _through(
+        self, batch: Batch, memory: Memory, total: float, is_last: bool
+    ) -> tuple[float, Memory]:
+        """(sum of weighted losses, memory after the batch), having gone backward in each segment."""
+        segments = list(batch.segments(self.feedback.bptt_blocks * self.base.fam_config.block_size))
+        summed = 0.0
+        for i, segment in enumerate(segments):
+            # The last backward of a step sends gradients between processes: all must come to it.
+            sends = is_last and i == len(segments) - 1
+            counts = self._sharded or bool(segment.weights.any())
+            with nullcontext() if sends else self.accelerator.no_sync(self.model):
+                with torch.set_grad_enabled(total > 0 and (counts or sends)):
+                    loss = self._loss(segment.to(self.accelerator.device), memory)
+                if loss.requires_grad:
+                    # Wrappers take the mean over processes, and `total` is the sum over them.
+                    self.accelerator.backward(loss * self.accelerator.num_processes / total)
+            summed += float(loss.detach())
+            memory = memory.detach()
+        return summed, memory
+
+    def _loss(self, segment: Batch, memory: Memory) -> Tensor:
+        """Sum over the tokens of a segment of weight times cross-entropy, in nats."""
+        counted = segment.weights.any(0)
+        # The head is computed where some row counts, and nowhere else.
+        columns = counted.nonzero()[:, 0] if counted.any() else torch.zeros_like(counted[:1]).long()
+        mask = None
+        if self.feedback.state_passing and segment.valid is not None:
+            # Only the FAM that is passed on can tell that a row was filled up.
+            mask = segment.valid
+        logits = self.model(
+            input_ids=segment.inputs,
+            attention_mask=mask,
+            past_key_values=memory,
+            use_cache=True,
+            logits_to_keep=columns,
+        ).logits
+        losses = cross_entropy(
+            logits.flatten(0, 1).float(), segment.targets[:, columns].flatten(), reduction="none"
+        )
+        return (losses * segment.weights[:, columns].flatten()).sum()
+
+    # ---- several processes
+
+    @property
+    def _sharded(self) -> bool:
+        """Whether processes hold parts of each weight (FSDP): they then meet in every segment."""
+        return bool(self.accelerator.distributed_type == "FSDP")
+
+    def _alike(self, batches: Sequence[Batch]) -> list[Batch]:
+        """Batches with as many segments on every process."""
+        device = self.accelerator.device
+        own = torch.tensor([b.inputs.shape[1] for b in batches], device=device)
+        longest = self.accelerator.gather(own).view(-1, len(own)).amax(0)
+        return [b.filled_up(int(n)) for b, n in zip(batches, longest, strict=True)]
+
+    def _sum_over_processes(self, value: float) -> float:
+        if self.accelerator.num_processes == 1:
+            return value
+        tensor = torch.tensor(value, dtype=torch.float64, device=self.accelerator.device)
+        return float(self.accelerator.reduce(tensor, "sum"))
+
+    def _from_first_process(self, fams: tuple[Tensor, ...] | None) -> tuple[Tensor, ...] | None:
+        """The FAM of the first process's first row, on every process."""
+        if self.accelerator.num_processes == 1:
+            return fams
+        from accelerate.utils import broadcast_object_list
+
+        fams_there = [None if fams is None else [f.cpu() for f in fams]]
+        broadcast_object_list(fams_there, from_process=0)
+        found = fams_there[0]
+        return None if found is None else tuple(f.to(self.accelerator.device) for f in found)
+
+    def _seed(self, step: int) -> int:
+        """For dropout: another on every process and in every step, the same when resumed."""
+        where = f"{self.recipe.run.seed}/dropout/{step}/{self.accelerator.process_index}"
+        return random.Random(where).getrandbits(63)
+
+
+def bias_at(step: int, recipe: Recipe) -> float:
+    """`fam_bias` in a step: from `bias_start` in a straight line over `bias_steps` steps."""
+    feedback, end = recipe.feedback, recipe.fam.fam_bias
+    if step >= feedback.bias_steps:
+        return end
+    return feedback.bias_start + (end - feedback.bias_start) * step / feedback.bias_steps
+
+
+def _fams_of_first_row(memory: Memory) -> tuple[Tensor, ...] | None:
+    """F of each layer, (1, N, d); None if no block was finished yet."""
+    written = memory.position[0] >= memory.config.block_size or memory.passed[0]
+    fams = [f[:1].detach() for f in memory.fams if f is not None]
+    return tuple(fams) if written and memory.config.has_feedback else None

@@ -1,0 +1,381 @@
+"""The loop: batches, steps, optimizer, checkpoints, journal and probes, on any number of processes.
+
+`train(recipe)` does everything that a recipe says. A `Trainer` trains a model and reads a source that
+were made elsewhere.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from transformerfam import report
+from transformerfam.data.rows import Source
+from transformerfam.errors import UserError
+from transformerfam.extras import require
+from transformerfam.training import adaptation, journal
+from transformerfam.training.batches import Batch
+from transformerfam.training.card import model_card
+from transformerfam.training.checkpoint import Checkpoints, Progress, recipe_of
+from transformerfam.training.inputs import open_probes, open_source, row_readers
+from transformerfam.training.journal import Journal
+from transformerfam.training.optimizers import make_optimizer, rate_at
+from transformerfam.training.probes import Probe
+from transformerfam.training.recipe import Recipe
+from transformerfam.training.steps import Stepper, bias_at
+
+CHECKPOINTS = "checkpoints"
+# A run that goes on may be longer or slower, but it trains the same thing on the same data.
+_FIXED_SECTIONS = ("model", "fam", "train", "data", "feedback")
+_FIXED_SETTINGS = (("run", "seed"), ("optimizer", "name"))
+
+
+class TrainingStopped(UserError):
+    """The loss or the gradients are of no use any more."""
+
+
+@dataclass
+class Trained:
+    """What came of a run.
+
+    Attributes:
+        model: the trained model, in evaluation mode.
+        folder: where adapter, journal and checkpoints are; None: nothing was written.
+        losses: weighted mean loss of each step that this call made; None where no token counted.
+        results: what the probes measured at the end.
+        steps: steps done in all.
+        interrupted: whether it was asked to stop before the last step.
+    """
+
+    model: Any
+    folder: Path | None
+    losses: list[float | None] = field(default_factory=list)
+    results: dict[str, dict[str, float]] = field(default_factory=dict)
+    steps: int = 0
+    interrupted: bool = False
+
+
+def train(
+    recipe: Recipe,
+    *,
+    resume: bool = False,
+    quiet: bool = False,
+    stop: Callable[[], bool] = lambda: False,
+) -> Trained:
+    """Do what a recipe says: load, adapt, train, save.
+
+    Args:
+        recipe: everything else.
+        resume: go on from the newest checkpoint in `run.output`.
+        quiet: show no progress.
+        stop: asked after each step; True ends the run with a checkpoint.
+
+    Raises:
+        UserError: for a recipe, data or folder that cannot be used, each with what to do.
+        TrainingStopped: if loss or gradients are not finite, or explode.
+    """
+    accelerator = make_accelerator(recipe)
+    model, tokenizer = adaptation.load_for_training(recipe)
+    note = report.Progress(quiet=quiet).note
+    trainer = Trainer(
+        recipe,
+        model,
+        open_source(recipe, tokenizer, note=note if accelerator.is_main_process else None),
+        tokenizer=tokenizer,
+        probes=open_probes(recipe, tokenizer),
+        accelerator=accelerator,
+        quiet=quiet,
+    )
+    return trainer.run(resume=resume, stop=stop)
+
+
+def make_accelerator(recipe: Recipe) -> Any:
+    """An Accelerator in the recipe's precision; processes come from `accelerate launch`."""
+    accelerate = require("accelerate", "train")
+    precision = {"fp32": "no", "bf16": "bf16"}[recipe.run.precision]
+    state = accelerate.state.AcceleratorState
+    if state._shared_state and state().mixed_precision != precision:
+        state._reset_state()  # of a run before this one in the same process
+    accelerator = accelerate.Accelerator(mixed_precision=precision)
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if accelerator.num_processes != started:
+        # They would all write to the same folder.
+        raise UserError(
+            f"{started} processes were started, but they do not work together, since there is no GPU; "
+            "without one start them with accelerate launch --cpu."
+        )
+    return accelerator
+
+
+class Trainer:
+    """A run over one model and one source.
+
+    Args:
+        recipe: settings; `model` and the sources in it are not looked at.
+        model: what `adaptation.adapt` returned.
+        source: what is read.
+        tokenizer: saved beside the adapter, if there is one.
+        probes: measured every `probes.every` steps and at the end.
+        accelerator: made from the recipe if it is not given.
+        quiet: show no progress.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        model: Any,
+        source: Source,
+        *,
+        tokenizer: Any = None,
+        probes: Sequence[Probe] = (),
+        accelerator: Any = None,
+        quiet: bool = False,
+    ) -> None:
+        self.recipe = recipe
+        self.tokenizer = tokenizer
+        self.probes = probes
+        self.quiet = quiet
+        self.accelerator = accelerator or make_accelerator(recipe)
+        self.folder = Path(recipe.run.output) if recipe.run.output else None
+        self.base = adaptation.base_of(model)
+        self.readers = self._own(row_readers(recipe, source, tokenizer))
+        self._micro = self.recipe.data.micro_batch_size or len(self.readers)
+        if recipe.run.activation_checkpointing:
+            _checkpoint_activations(self.base)
+        parameters = list(adaptation.trained_parameters(model).values())
+        optimizer = make_optimizer(parameters, recipe.optimizer)
+        self._optimizer_settings = {
+            name: value for name, value in optimizer.param_groups[0].items() if name != "params"
+        }
+        self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
+        self.stepper = Stepper(self.accelerator, self.model, self.base, recipe)
+        self.checkpoints = Checkpoints(
+            (self.folder or Path()) / CHECKPOINTS, recipe.run.keep_checkpoints, self.accelerator
+        )
+        self.start = Progress(0, [], 0, 0.0)
+
+    # ---- the loop
+
+    def run(self, *, resume: bool = False, stop: Callable[[], bool] = lambda: False) -> Trained:
+        """Train from the start, or from the newest checkpoint, to the last step.
+
+        Raises:
+            UserError: if there is something to go on from and `resume` is not set, or the reverse.
+            TrainingStopped: if loss or gradients are not finite, or explode.
+        """
+        self._take_up(resume)
+        trained = Trained(self._whole_model(), self.folder, steps=self.start.step)
+        run, began, tokens = self.recipe.run, time.monotonic(), self.start.tokens
+
+        def seconds() -> float:
+            return self.start.seconds + time.monotonic() - began
+
+        kept = self._journal()
+        try:
+            for step in range(self.start.step, run.steps):
+                loss, read = self._step(step, kept)
+                trained.losses.append(loss)
+                trained.steps = step + 1
+                tokens += read
+                every = self.recipe.probes.every
+                if every and (step + 1) % every == 0 and step + 1 < run.steps:
+                    kept.probe(step + 1, self.measure())
+                # After the probe: a run that goes on from a checkpoint does not measure again.
+                trained.interrupted = self._any_process(stop()) and step + 1 < run.steps
+                due = run.checkpoint_every and (step + 1) % run.checkpoint_every == 0
+                # That of the last step is written when all is measured.
+                due = due and step + 1 < run.steps
+                if self.folder is not None and (due or trained.interrupted):
+                    self._checkpoint(Progress(step + 1, self._rows(), tokens, seconds()))
+                if trained.interrupted:
+                    trained.model.eval()
+                    return trained
+            trained.results = self.measure()
+            if self.start.step < trained.steps:
+                kept.probe(trained.steps, trained.results)
+        finally:
+            kept.close()
+        self._finish(trained, tokens, seconds())
+        return trained
+
+    def _step(self, step: int, kept: Journal) -> tuple[float | None, int]:
+        """One step of the optimizer: (loss, tokens read by all processes)."""
+        began = time.monotonic()
+        self.model.train()
+        batches = self._batches()
+        rate = rate_at(step, self.recipe.optimizer, self.recipe.run.steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        loss = self.stepper.run(step, batches)
+        norm = None
+        if loss is not None:
+            norm = self._clipped_norm()
+            self._check(step, loss, norm)
+            self.optimizer.step()
+        self.optimizer.zero_grad()
+        tokens = round(self._sum(sum(b.tokens for b in batches)))
+        if (step + 1) % self.recipe.run.log_every == 0 or step + 1 == self.recipe.run.steps:
+            kept.step(
+                step + 1,
+                loss=loss,
+                rate=rate,
+                grad_norm=norm,
+                tokens=tokens,
+                seconds=time.monotonic() - began,
+                fam_bias=bias_at(step, self.recipe) if self.recipe.feedback.bias_steps else None,
+            )
+        return loss, tokens
+
+    def _batches(self) -> list[Batch]:
+        pieces = [reader.next() for reader in self.readers]
+        size = self._micro
+        return [Batch.of(pieces[i : i + size]) for i in range(0, len(pieces), size)]
+
+    def _clipped_norm(self) -> float:
+        limit = self.recipe.optimizer.max_grad_norm or math.inf
+        parameters = [p for p in self.model.parameters() if p.requires_grad]
+        norm = self.accelerator.clip_grad_norm_(parameters, limit)
+        return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+
+    def _check(self, step: int, loss: float, norm: float) -> None:
+        if math.isfinite(loss + norm) and norm <= self.recipe.run.explode_at:
+            return
+        last = self.checkpoints.latest() if self.folder is not None else None
+        lower = "Lower optimizer.learning_rate"
+        raise TrainingStopped(
+            f"Training stopped at step {step + 1}: the loss is {loss:.4g} and the norm of the gradient "
+            f"{norm:.4g}. {lower}{f' and go on from {last} with --resume' if last else ''}, or begin "
+            "again with fam.feedback_norm='rms'."
+        )
+
+    # ---- measuring
+
+    def measure(self) -> dict[str, dict[str, float]]:
+        """What every probe says now: name of the probe -> names and numbers."""
+        model = self._whole_model()
+        model.eval()
+        return {probe.name: probe(model) for probe in self.probes}
+
+    def _whole_model(self) -> Any:
+        """The model without the wrapper of DDP; under FSDP it stays in parts, and works as a whole."""
+        return self.accelerator.unwrap_model(self.model)
+
+    # ---- files
+
+    def _journal(self) -> Journal:
+        if not self.accelerator.is_main_process:
+            return Journal.silent()
+        return Journal(
+            self.folder,
+            steps=self.recipe.run.steps,
+            start_step=self.start.step,
+            quiet=self.quiet,
+            tensorboard=self.recipe.run.tensorboard,
+        )
+
+    def _take_up(self, resume: bool) -> None:
+        """Go on from the newest checkpoint, if there is one and it is wanted."""
+        latest = self.checkpoints.latest() if self.folder is not None else None
+        if latest is None:
+            if resume:
+                raise UserError(f"There is no checkpoint in {self.folder}; leave --resume out.")
+            if self.folder is not None and (self.folder / journal.FILE).exists():
+                raise UserError(
+                    f"{self.folder} holds a run without checkpoints; remove it, or take another folder "
+                    "with --output."
+                )
+            return
+        if not resume:
+            raise UserError(
+                f"{self.folder} holds a run that can be gone on with: add --resume, or choose another "
+                "folder with --output."
+            )
+        ours, theirs = self.recipe.to_dict(), recipe_of(latest)
+        fixed = [(section, key) for section in _FIXED_SECTIONS for key in ours[section]]
+        for section, key in (*fixed, *_FIXED_SETTINGS):
+            if theirs[section].get(key) != ours[section][key]:
+                raise UserError(
+                    f"The run in {self.folder} was begun with another {section}.{key}; a run can only "
+                    "go on as it was begun. Choose another folder with --output."
+                )
+        self.start, self.stepper.carried = self.checkpoints.load(
+            latest, self.model, self.optimizer.optimizer, self.base
+        )
+        self.stepper.set_bias(max(0, self.start.step - 1))
+        # What may be changed on the way; the rate is set in every step.
+        for group in self.optimizer.param_groups:
+            group.update(self._optimizer_settings)
+        for reader, state in zip(self.readers, self._own(self.start.rows), strict=True):
+            reader.set_state(state)
+
+    def _checkpoint(self, progress: Progress) -> None:
+        self.checkpoints.save(
+            progress,
+            self.recipe.to_dict(),
+            self.model,
+            self.optimizer.optimizer,
+            self.stepper.carried,
+        )
+
+    def _finish(self, trained: Trained, tokens: int, seconds: float) -> None:
+        """Save what was learned, with its card."""
+        if self.folder is None:
+            return
+        if self.start.step < trained.steps and self.recipe.run.checkpoint_every:
+            self._checkpoint(Progress(trained.steps, self._rows(), tokens, seconds))
+        state = None
+        if self.accelerator.num_processes > 1:
+            state = self.accelerator.get_state_dict(self.model)
+        if self.accelerator.is_main_process:
+            facts = {
+                "seconds": seconds,
+                "tokens": tokens,
+                "steps": trained.steps,
+                "processes": self.accelerator.num_processes,
+            }
+            card = model_card(self.recipe, trained.results, facts)
+            config = self.base.fam_config
+            adaptation.save(
+                trained.model, self.tokenizer, self.folder, card, config=config, state=state
+            )
+        self.accelerator.wait_for_everyone()
+
+    # ---- several processes
+
+    def _own(self, rows: Sequence[Any]) -> list[Any]:
+        """This process's share of what there is for each row of the batch."""
+        processes, me = self.accelerator.num_processes, self.accelerator.process_index
+        if len(rows) % processes:
+            raise UserError(
+                f"data.batch_size={len(rows)} cannot be shared by {processes} processes; choose a "
+                "multiple."
+            )
+        share = len(rows) // processes
+        return list(rows[me * share : (me + 1) * share])
+
+    def _rows(self) -> list[dict[str, Any]]:
+        """State of the readers of all processes, in the order of the rows."""
+        own = [reader.state() for reader in self.readers]
+        if self.accelerator.num_processes == 1:
+            return own
+        from accelerate.utils import gather_object
+
+        gathered: list[dict[str, Any]] = gather_object(own)
+        return gathered
+
+    def _sum(self, value: float) -> float:
+        return self.stepper._sum_over_processes(value)
+
+    def _any_process(self, flag: bool) -> bool:
+        return self._sum(float(flag)) > 0
+
+
+def _checkpoint_activations(base: Any) -> None:
+    """Activation checkpointing under the newest of its names."""
+    enable = getattr(base, "activation_checkpointing_enable", None)
+    (enable or base.gradient_checkpointing_enable)()
