@@ -289,7 +289,9 @@ def test_half_precision_trains_wide_weights_through_several_calls(
             trained.model(input_ids=part, past_key_values=memory).logits.float()
             for part in IDS.split(5, dim=1)
         ]
-    torch.testing.assert_close(torch.cat(parts, 1), logits(trained.model), rtol=0.1, atol=0.1)
+    # Half precision rounds differently in pieces; a wrong path is off by as much as the logits are.
+    whole = logits(trained.model)
+    assert (torch.cat(parts, 1) - whole).norm() < 0.05 * whole.norm()
 
 
 def test_a_half_precision_adapter_loads_on_its_base(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from transformerfam import FamConfig, benchmark, convert, models
 from transformerfam.commands import demo
 
 Run = Callable[..., tuple[int, str, str]]
-CONFIG = FamConfig(block_size=8, memory_segments=1, fam_length=2)
+CONFIG = FamConfig.paper(block_size=8, memory_segments=1, fam_length=2)
 
 
 def test_readers_share_weights_and_the_last_is_the_original() -> None:
@@ -63,7 +63,7 @@ def test_bench_prints_a_table_or_json(fam: Run, folder: str) -> None:
 def test_demo_reads_draws_and_says_that_feedback_is_untrained(
     fam: Run, folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    small = FamConfig(block_size=64, memory_segments=1, fam_length=0, sink_tokens=4)
+    small = FamConfig.paper(block_size=64, memory_segments=1, fam_length=0, sink_tokens=4)
     loaded = models.load
     monkeypatch.setattr(demo, "_CONFIG", small)
     monkeypatch.setattr(models, "load", lambda config: loaded(folder, config))

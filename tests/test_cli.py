@@ -90,16 +90,16 @@ def test_every_field_of_the_geometry_has_an_option() -> None:
     [
         (CONFIG, {"attention": "full"}, CONFIG.replace(attention="full", sink_tokens=0)),
         (
-            FamConfig(fam_length=2, feedback_norm=(1.0, 2.0), previous_fams=2),
+            FamConfig.paper(fam_length=2, feedback_norm=(1.0, 2.0), previous_fams=2),
             {"fam_length": 0},
-            FamConfig(fam_length=0),
+            FamConfig.paper(fam_length=0),
         ),
         (
-            FamConfig(fam_length=2, feedback_norm=(1.0, 2.0)),
+            FamConfig.paper(fam_length=2, feedback_norm=(1.0, 2.0)),
             {"fam_length": 4},
-            FamConfig(fam_length=4),
+            FamConfig.paper(fam_length=4),
         ),
-        (FamConfig(attention="swa", window=9), {"attention": "bswa"}, FamConfig()),
+        (FamConfig.paper(attention="swa", window=9), {"attention": "bswa"}, FamConfig.paper()),
     ],
 )
 def test_what_contradicts_a_change_goes(

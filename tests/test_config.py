@@ -49,14 +49,9 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "longformer without globals": ({"attention": "longformer"}, "needs at least one"),
     "globals without longformer": ({"global_positions": (0,)}, "belong to attention='longformer'"),
-    "sinks in full": ({"attention": "full", "sink_tokens": 1}, "sees every token already"),
-    "sinks and globals": (
-        {"attention": "longformer", "global_positions": (0,), "sink_tokens": 1},
-        "add the first positions to global_positions",
-    ),
     "sinks beyond block 0": (
         {"block_size": 2, "fam_length": 0, "sink_tokens": 3},
-        "sink_tokens must fit into the first block",
+        "sink_tokens=3 must fit into the first block; with block_size=2 set it to 2 or fewer",
     ),
     "unknown norm": ({"feedback_norm": "layer"}, "feedback_norm must be 'none', 'rms', or"),
     "norm of zero": ({"feedback_norm": 0.0}, "feedback_norm as a number .* above 0"),
@@ -83,17 +78,19 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
 def test_refuses_with_the_reason(name: str) -> None:
     values, reason = REFUSED[name]
     with pytest.raises(ValueError, match=reason) as caught:
-        FamConfig(**values)
+        FamConfig.paper(**values)
     assert str(caught.value).count("\n") == 0
 
 
-def test_defaults_are_the_papers() -> None:
+def test_the_papers_setting_is_one_switch_away() -> None:
     config = FamConfig.paper()
     assert (config.block_size, config.memory_segments, config.fam_length) == (1024, 3, 64)
     assert (config.fam_position, config.first_residual) == ("last", "zero")
     assert (config.feedback_norm, config.previous_fams, config.sink_tokens) == ("none", 1, 0)
     assert config.attention == "bswa"
     assert FamConfig.paper(memory_segments=0).memory_segments == 0
+    assert FamConfig.paper(sink_tokens=2).sink_tokens == 2
+    assert FamConfig() == config.replace(first_residual="prompt", sink_tokens=4)
 
 
 @st.composite
@@ -115,7 +112,7 @@ def configs(draw: st.DrawFn) -> FamConfig:
         values["feedback_norm"] = draw(
             st.sampled_from(["none", "rms", 2.0, [float(n + 1) for n in range(N)]])
         )
-    return FamConfig(attention=pattern, **values)  # type: ignore[arg-type]  # drawn from its values
+    return FamConfig.paper(attention=pattern, **values)
 
 
 @given(config=configs())
@@ -127,20 +124,20 @@ def test_comes_back_from_json(config: FamConfig) -> None:
 
 
 def test_refuses_what_it_does_not_know() -> None:
-    values = FamConfig().to_dict() | {"slots_per_head": 2, "another": 1}
+    values = FamConfig.paper().to_dict() | {"slots_per_head": 2, "another": 1}
     with pytest.raises(ValueError, match=r"has another, slots_per_head, which this version"):
         FamConfig.from_dict(values)
 
 
 def test_is_a_value() -> None:
-    config = FamConfig()
+    config = FamConfig.paper()
     with pytest.raises(FrozenInstanceError):
         config.block_size = 2  # type: ignore[misc]
     assert config.replace(block_size=128) != config
     assert config.replace(block_size=128).block_size == 128
     with pytest.raises(ValueError, match="at most block_size"):
         config.replace(block_size=8)
-    longformer = FamConfig(attention="longformer", global_positions=(3, 0, 3))
+    longformer = FamConfig.paper(attention="longformer", global_positions=(3, 0, 3))
     assert longformer.global_positions == (0, 3)
 
 
@@ -171,34 +168,40 @@ def test_what_is_kept_is_what_can_be_seen(config: FamConfig, block: int, place: 
 
 def test_geometry_of_the_paper() -> None:
     """Section 2.1: windows of 3073 to 4096; section 3.2: 36k for depth 18 and 2k windows."""
-    config = FamConfig()
+    config = FamConfig.paper()
     assert config.past_length == 3072
     assert config.slots == 3072 + 64 + 1024
     assert config.window_length is None
-    assert FamConfig(memory_segments=1).receptive_field(18) == 18 * 2048
-    assert FamConfig(attention="full").receptive_field(18) is None
-    assert FamConfig(attention="swa", window=100).receptive_field(3) == 300
+    assert FamConfig.paper(memory_segments=1).receptive_field(18) == 18 * 2048
+    assert FamConfig.paper(attention="full").receptive_field(18) is None
+    assert FamConfig.paper(attention="swa", window=100).receptive_field(3) == 300
 
 
 def test_window_by_default() -> None:
-    assert FamConfig(attention="xl").window_length == 3072
-    assert FamConfig(attention="xl", window=4096).window_length == 4096
-    assert FamConfig(attention="swa", window=7).past_length == 1024
-    assert FamConfig(attention="swa", window=1).past_length == 0
-    assert FamConfig(attention="swa", window=1025).past_length == 1024
-    assert FamConfig(attention="swa", window=1026).past_length == 2048
+    assert FamConfig.paper(attention="xl").window_length == 3072
+    assert FamConfig.paper(attention="xl", window=4096).window_length == 4096
+    assert FamConfig.paper(attention="swa", window=7).past_length == 1024
+    assert FamConfig.paper(attention="swa", window=1).past_length == 0
+    assert FamConfig.paper(attention="swa", window=1025).past_length == 1024
+    assert FamConfig.paper(attention="swa", window=1026).past_length == 2048
+
+
+def test_patterns_that_keep_all_or_some_for_ever_have_no_sinks() -> None:
+    assert FamConfig(attention="full").sink_tokens == 0
+    assert FamConfig(attention="longformer", global_positions=(0,)).sink_tokens == 0
+    assert FamConfig().replace(attention="full").anchor_positions == ()
 
 
 def test_anchors_are_sinks_or_globals() -> None:
-    assert FamConfig().anchor_positions == ()
-    assert FamConfig(sink_tokens=3).anchor_positions == (0, 1, 2)
-    longformer = FamConfig(attention="longformer", global_positions=(5, 2000), window=10)
+    assert FamConfig.paper().anchor_positions == ()
+    assert FamConfig.paper(sink_tokens=3).anchor_positions == (0, 1, 2)
+    longformer = FamConfig.paper(attention="longformer", global_positions=(5, 2000), window=10)
     assert longformer.anchor_positions == (5, 2000)
     assert longformer.past_length == 1024  # the second global sees all of the first block
 
 
 def test_a_memory_fits_where_only_speed_or_gradients_differ() -> None:
-    config = FamConfig()
+    config = FamConfig.paper()
     assert config.memory_differences(config.replace(backend="eager", stop_gradient=True)) == []
     other = config.replace(fam_position="zero", sink_tokens=4, backend="flex")
     assert config.memory_differences(other) == ["fam_position", "sink_tokens"]

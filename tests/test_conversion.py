@@ -27,7 +27,7 @@ from transformerfam import FamConfig, Memory, UnsupportedModelError, convert, re
 from transformerfam.conversion import is_transformerfam, restore
 
 B = 6
-CONFIG = FamConfig(block_size=B, memory_segments=1, fam_length=3, sink_tokens=1)
+CONFIG = FamConfig.paper(block_size=B, memory_segments=1, fam_length=3, sink_tokens=1)
 LENGTH = 3 * B + 2
 IDS = some_tokens(2, LENGTH)
 
@@ -57,7 +57,7 @@ def test_the_prompt_is_the_only_new_parameter() -> None:
     assert dict(without.named_parameters()).keys() == before.keys()
 
 
-def test_the_paper_is_the_default() -> None:
+def test_the_default_is_that_of_the_configuration() -> None:
     assert convert(tiny()).fam_config == FamConfig()
 
 

@@ -10,13 +10,13 @@ from transformerfam.config import FamConfig
 from transformerfam.cost import ModelShape, flops, keys_per_query
 
 CONFIGS = [
-    FamConfig(block_size=4, memory_segments=2, fam_length=2),
-    FamConfig(block_size=4, memory_segments=2, fam_length=2, previous_fams=3, sink_tokens=3),
-    FamConfig(block_size=4, memory_segments=0, fam_length=0, sink_tokens=4),
-    FamConfig(block_size=4, fam_length=0, attention="swa", window=6, sink_tokens=2),
-    FamConfig(block_size=4, memory_segments=2, fam_length=3, attention="xl"),
-    FamConfig(block_size=4, fam_length=0, attention="full"),
-    FamConfig(
+    FamConfig.paper(block_size=4, memory_segments=2, fam_length=2),
+    FamConfig.paper(block_size=4, memory_segments=2, fam_length=2, previous_fams=3, sink_tokens=3),
+    FamConfig.paper(block_size=4, memory_segments=0, fam_length=0, sink_tokens=4),
+    FamConfig.paper(block_size=4, fam_length=0, attention="swa", window=6, sink_tokens=2),
+    FamConfig.paper(block_size=4, memory_segments=2, fam_length=3, attention="xl"),
+    FamConfig.paper(block_size=4, fam_length=0, attention="full"),
+    FamConfig.paper(
         block_size=4, fam_length=1, attention="longformer", window=5, global_positions=(0, 9)
     ),
 ]
@@ -42,7 +42,7 @@ def test_keys_per_query_are_those_of_the_masks(config: FamConfig) -> None:
 def test_feedback_costs_the_factor_of_the_paper() -> None:
     # Wide layers and no head: attention does not count, and 1 + N/B is left (1.0625).
     shape = ModelShape(layers=2, layer_weights=10**12, head_weights=0, attention_width=1)
-    config = FamConfig()
+    config = FamConfig.paper()
     with_fam = flops(config, shape, 8 * 1024)
     without = flops(config.without_feedback(), shape, 8 * 1024)
     assert with_fam / without == pytest.approx(1 + 64 / 1024, rel=1e-6)
@@ -50,9 +50,9 @@ def test_feedback_costs_the_factor_of_the_paper() -> None:
 
 def test_attention_is_counted_by_pairs_and_full_attention_grows_with_the_square() -> None:
     shape = ModelShape(layers=3, layer_weights=0, head_weights=0, attention_width=8)
-    full = FamConfig(block_size=4, fam_length=0, attention="full")
+    full = FamConfig.paper(block_size=4, fam_length=0, attention="full")
     assert flops(full, shape, 10) == 4 * 8 * 3 * (10 * 11 // 2)
-    fam = FamConfig(block_size=4, memory_segments=0, fam_length=2)
+    fam = FamConfig.paper(block_size=4, memory_segments=0, fam_length=2)
     tokens = 3 * (1 + 2 + 3 + 4) + 2 * 4 * 2  # 3 blocks; those after the first see 2 FAM keys each
     updates = 3 * 2 * (2 + 4)
     assert flops(fam, shape, 12) == 4 * 8 * 3 * (tokens + updates)
@@ -60,6 +60,6 @@ def test_attention_is_counted_by_pairs_and_full_attention_grows_with_the_square(
 
 def test_head_and_layers_are_two_operations_a_weight_and_token() -> None:
     shape = ModelShape(layers=3, layer_weights=100, head_weights=10, attention_width=0)
-    assert flops(FamConfig(block_size=4, fam_length=0), shape, 7) == 2 * 110 * 7
+    assert flops(FamConfig.paper(block_size=4, fam_length=0), shape, 7) == 2 * 110 * 7
     # Only the one finished block costs an update; FAM rows never reach the head.
-    assert flops(FamConfig(block_size=4, fam_length=3), shape, 7) == 2 * 110 * 7 + 2 * 100 * 3
+    assert flops(FamConfig.paper(block_size=4, fam_length=3), shape, 7) == 2 * 110 * 7 + 2 * 100 * 3

@@ -25,7 +25,8 @@ def test_feedback_off_and_a_window_that_holds_all_is_the_original(family: str) -
             original if length == LENGTH else tiny(family, torch.float32)(ids[:, :length]).logits
         )
         model = convert(
-            tiny(family, torch.float32), FamConfig(block_size=8, memory_segments=5, fam_length=0)
+            tiny(family, torch.float32),
+            FamConfig.paper(block_size=8, memory_segments=5, fam_length=0),
         )
         torch.testing.assert_close(model(ids[:, :length]).logits, plain, rtol=0, atol=1e-5)
 
@@ -37,7 +38,7 @@ def test_the_first_block_is_the_original_whatever_the_feedback(family: str) -> N
     ids = some_tokens(1, 8)
     original = tiny(family, torch.float32)(ids).logits
     model = convert(
-        tiny(family, torch.float32), FamConfig(block_size=8, memory_segments=1, fam_length=3)
+        tiny(family, torch.float32), FamConfig.paper(block_size=8, memory_segments=1, fam_length=3)
     )
     torch.testing.assert_close(model(ids).logits, original, rtol=0, atol=1e-5)
 
@@ -45,7 +46,7 @@ def test_the_first_block_is_the_original_whatever_the_feedback(family: str) -> N
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
 def test_whole_equals_pieces_with_feedback_and_sinks(family: str) -> None:
-    config = FamConfig(block_size=8, memory_segments=1, fam_length=3, sink_tokens=2)
+    config = FamConfig.paper(block_size=8, memory_segments=1, fam_length=3, sink_tokens=2)
     model = convert(tiny(family, torch.float32), config)
     ids = some_tokens(2, LENGTH)
     whole = model(ids).logits
@@ -63,7 +64,7 @@ def test_whole_equals_pieces_with_feedback_and_sinks(family: str) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_gradients_reach_the_prompt_and_every_layer(family: str) -> None:
     model = convert(
-        tiny(family, torch.float32), FamConfig(block_size=8, memory_segments=0, fam_length=3)
+        tiny(family, torch.float32), FamConfig.paper(block_size=8, memory_segments=0, fam_length=3)
     )
     model(some_tokens(1, 24), use_cache=False).logits[0, 16:].square().sum().backward()
     assert model.get_decoder().fam_prompt.weight.grad.abs().max() > 0
@@ -79,7 +80,7 @@ def test_a_familys_own_sliding_window_stays(family: str) -> None:
     narrow, wide = tiny(family, torch.float32), tiny(family, torch.float32, sliding_window=500)
     expected, other = narrow(ids).logits, wide(ids).logits
     assert not torch.allclose(expected, other, atol=1e-4)
-    model = convert(narrow, FamConfig(block_size=16, memory_segments=5, fam_length=0))
+    model = convert(narrow, FamConfig.paper(block_size=16, memory_segments=5, fam_length=0))
     torch.testing.assert_close(model(ids).logits, expected, rtol=0, atol=1e-5)
 
 

@@ -62,7 +62,7 @@ def test_gradients_of_every_parameter_equal_the_oracle(name: str) -> None:
 def test_a_stopped_gradient_does_stop() -> None:
     """The last token's gradient at the embedding of block 0 is zero with one layer and M1_SG."""
     for stop in (False, True):
-        config = FamConfig(block_size=B, memory_segments=1, fam_length=0, stop_gradient=stop)
+        config = FamConfig.paper(block_size=B, memory_segments=1, fam_length=0, stop_gradient=stop)
         model = convert(tiny(num_hidden_layers=1), config)
         embeds = model.get_input_embeddings()(some_tokens(1, 2 * B)).detach().requires_grad_()
         model(inputs_embeds=embeds).logits[0, -1].sum().backward()
@@ -76,7 +76,7 @@ def test_feedback_carries_what_no_window_can() -> None:
     other = ids.clone()
     other[0, 0] = 3 + (other[0, 0] - 2) % 60
     for fam_length, connected in ((0, False), (2, True)):
-        config = FamConfig(
+        config = FamConfig.paper(
             block_size=B, memory_segments=0, fam_length=fam_length, first_residual="prompt"
         )
         model = convert(tiny(), config)

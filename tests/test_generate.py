@@ -18,7 +18,7 @@ from transformers.generation.streamers import BaseStreamer
 from transformerfam import FamConfig, Memory, convert
 
 B = 6
-CONFIG = FamConfig(block_size=B, memory_segments=1, fam_length=3, sink_tokens=1)
+CONFIG = FamConfig.paper(block_size=B, memory_segments=1, fam_length=3, sink_tokens=1)
 NEW = 2 * B + 2
 GREEDY: dict[str, Any] = {"do_sample": False, "eos_token_id": None, "max_new_tokens": NEW}
 

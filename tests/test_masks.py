@@ -29,24 +29,26 @@ def seen(predicate: Predicate, query: int) -> set[int]:
 
 
 def bswa(B: int, M: int, sinks: int = 0) -> FamConfig:
-    return FamConfig(block_size=B, memory_segments=M, fam_length=0, sink_tokens=sinks)
+    return FamConfig.paper(block_size=B, memory_segments=M, fam_length=0, sink_tokens=sinks)
 
 
 def xl(B: int, M: int, window: int) -> FamConfig:
-    return FamConfig(block_size=B, memory_segments=M, fam_length=0, attention="xl", window=window)
+    return FamConfig.paper(
+        block_size=B, memory_segments=M, fam_length=0, attention="xl", window=window
+    )
 
 
 @given(t=POSITION)
 def test_full_attention_sees_itself_and_all_before(t: int) -> None:
     assert seen(causal, t) == set(range(t + 1))
-    assert seen(token_sees_token(FamConfig(attention="full")), t) == set(range(t + 1))
+    assert seen(token_sees_token(FamConfig.paper(attention="full")), t) == set(range(t + 1))
 
 
 @given(t=POSITION, w=st.integers(1, 20))
 def test_swa_sees_the_last_w(t: int, w: int) -> None:
     last = set(list(range(t + 1))[-w:])
     assert seen(sliding_window(w), t) == last
-    config = FamConfig(block_size=4, fam_length=0, attention="swa", window=w)
+    config = FamConfig.paper(block_size=4, fam_length=0, attention="swa", window=w)
     assert seen(token_sees_token(config), t) == last
 
 
@@ -85,7 +87,7 @@ def test_xl_with_the_longest_window_is_bswa(t: int, B: int, M: int) -> None:
 
 @given(t=POSITION, w=st.integers(1, 8), globals_=st.sets(POSITION, min_size=1, max_size=3))
 def test_longformer_adds_globals_both_ways(t: int, w: int, globals_: set[int]) -> None:
-    config = FamConfig(
+    config = FamConfig.paper(
         block_size=4,
         fam_length=0,
         attention="longformer",
@@ -113,7 +115,7 @@ def test_sinks_complement_the_window(t: int, B: int, M: int, sinks: int) -> None
 
 @given(t=POSITION, w=st.integers(1, 8), globals_=st.sets(POSITION, min_size=1, max_size=3))
 def test_globals_stand_in_for_what_is_not_kept(t: int, w: int, globals_: set[int]) -> None:
-    config = FamConfig(
+    config = FamConfig.paper(
         block_size=4,
         fam_length=0,
         attention="longformer",
@@ -132,27 +134,27 @@ def test_globals_stand_in_for_what_is_not_kept(t: int, w: int, globals_: set[int
 
 @given(t=POSITION, B=BLOCK, k=st.integers(1, 4))
 def test_tokens_see_the_last_k_fams(t: int, B: int, k: int) -> None:
-    config = FamConfig(block_size=B, fam_length=1, previous_fams=k)
+    config = FamConfig.paper(block_size=B, fam_length=1, previous_fams=k)
     fams = {block for block in range(-3, 70) if token_sees_fam(config)(t, block)}
     assert fams == set(list(range(t // B))[-k:])
 
 
 @given(B=BLOCK, k=st.integers(1, 4))
 def test_no_token_of_block_0_sees_a_fam(B: int, k: int) -> None:
-    config = FamConfig(block_size=B, fam_length=1, previous_fams=k)
+    config = FamConfig.paper(block_size=B, fam_length=1, previous_fams=k)
     assert not any(token_sees_fam(config)(t, block) for t in range(B) for block in range(-5, 9))
 
 
 @given(block=st.integers(0, 8), B=BLOCK)
 def test_fam_queries_see_their_whole_block_and_no_other(block: int, B: int) -> None:
-    config = FamConfig(block_size=B, fam_length=1)
+    config = FamConfig.paper(block_size=B, fam_length=1)
     assert seen(fam_sees_token(config), block) == set(range(block * B, (block + 1) * B))
 
 
 @given(t=POSITION, B=BLOCK, k=st.integers(1, 3))
 def test_nothing_flows_back_in_time(t: int, B: int, k: int) -> None:
     """What a token sees through FAM lies in finished blocks: every layer stays causal."""
-    config = FamConfig(block_size=B, fam_length=1, previous_fams=k)
+    config = FamConfig.paper(block_size=B, fam_length=1, previous_fams=k)
     for block in range(10):
         if token_sees_fam(config)(t, block):
             assert max(seen(fam_sees_token(config), block)) < t // B * B
@@ -164,8 +166,8 @@ def test_tensors_give_what_numbers_give(B: int, M: int, data: st.DataObject) -> 
     sinks = data.draw(st.integers(0, min(2, B)))
     positions = torch.arange(4 * B)
     config = bswa(B, M, sinks)
-    fam = FamConfig(block_size=B, memory_segments=M, fam_length=1, previous_fams=2)
-    longformer = FamConfig(
+    fam = FamConfig.paper(block_size=B, memory_segments=M, fam_length=1, previous_fams=2)
+    longformer = FamConfig.paper(
         block_size=B, fam_length=0, attention="longformer", window=2, global_positions=(0, B)
     )
     predicates = [

@@ -398,7 +398,7 @@ def test_a_plain_model_cannot_use_a_memory() -> None:
 def test_a_memory_needs_rows_and_layers_and_cannot_unread(model: PreTrainedModel) -> None:
     for rows, layers in ((0, 3), (1, 0)):
         with pytest.raises(ValueError, match="at least one row and one layer"):
-            Memory(FamConfig(), rows, layers)
+            Memory(FamConfig.paper(), rows, layers)
     _, memory = read(model, some_tokens(1, 3))
     memory.crop(0)
     with pytest.raises(ValueError, match=r"cannot unread tokens; keep a memory.fork\(\)"):

@@ -24,7 +24,7 @@ from variants import VARIANTS
 from transformerfam import FamConfig, Memory, MemoryFileError, convert, memory_file
 
 B = 6
-CONFIG = FamConfig(block_size=B, memory_segments=1, fam_length=3, sink_tokens=2)
+CONFIG = FamConfig.paper(block_size=B, memory_segments=1, fam_length=3, sink_tokens=2)
 
 
 def build(
@@ -149,7 +149,7 @@ def test_a_loaded_memory_does_not_depend_on_the_file(model: PreTrainedModel, sav
 def small(tmp_path_factory: pytest.TempPathFactory) -> tuple[PreTrainedModel, Memory, bytes, Path]:
     """A model, its memory, the bytes of the memory's file, and a path to put damaged ones at."""
     model = build(
-        config=FamConfig(block_size=4, memory_segments=0, fam_length=1), num_hidden_layers=1
+        config=FamConfig.paper(block_size=4, memory_segments=0, fam_length=1), num_hidden_layers=1
     )
     memory = read(model, some_tokens(1, 6))
     memory.next_logits = torch.randn(1, 3)

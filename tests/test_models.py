@@ -22,7 +22,7 @@ from transformerfam.extras import MissingExtraError
 from transformerfam.models import ADAPTER_FAM_CONFIG, is_trained, reading_config
 
 IDS = torch.arange(3, 33)[None]
-FAM = FamConfig(block_size=8, memory_segments=1, fam_length=2, first_residual="prompt")
+FAM = FamConfig.paper(block_size=8, memory_segments=1, fam_length=2, first_residual="prompt")
 
 # ---- tiny models on disk
 
@@ -65,7 +65,7 @@ def logits(model: Any, ids: torch.Tensor = IDS) -> torch.Tensor:
 
 def test_a_plain_model_is_set_up_for_reading(plain: Path) -> None:
     model, tokenizer = load(str(plain))
-    assert model.fam_config == reading_config() == FamConfig(fam_length=0, sink_tokens=4)
+    assert model.fam_config == reading_config() == FamConfig(fam_length=0)
     assert not is_trained(model)
     assert not model.training
     assert model.dtype == torch.float32

@@ -86,8 +86,8 @@ def assert_close(got: Tensor, wanted: Tensor, tolerance: float = TIGHT) -> None:
 
 # ---- without feedback: transformers' model
 
-BSWA = FamConfig(fam_length=0, block_size=4, memory_segments=1)
-FULL = FamConfig(fam_length=0, block_size=8, attention="full")
+BSWA = FamConfig.paper(fam_length=0, block_size=4, memory_segments=1)
+FULL = FamConfig.paper(fam_length=0, block_size=8, attention="full")
 
 
 @pytest.mark.parametrize(
@@ -264,7 +264,7 @@ def side_by_side(
     return model.lm_head(model.model.norm(inputs[-1])), fams
 
 
-FAM = FamConfig(block_size=4, memory_segments=1, fam_length=3)
+FAM = FamConfig.paper(block_size=4, memory_segments=1, fam_length=3)
 FEEDBACK = {
     "default": FAM,
     "no past": FAM.replace(memory_segments=0),

@@ -22,7 +22,7 @@ def picture(config: FamConfig, blocks: int) -> str:
 
 def test_figure_1_is_the_papers() -> None:
     """Figure 1a to 1c, first three blocks: window 3; B = 2 with one and two memory segments."""
-    bswa = FamConfig(block_size=2, memory_segments=1, fam_length=0)
+    bswa = FamConfig.paper(block_size=2, memory_segments=1, fam_length=0)
     assert picture(bswa.replace(attention="swa", window=3), 3).split() == [
         "b.....",
         "bb....",
@@ -51,7 +51,7 @@ def test_figure_1_is_the_papers() -> None:
 
 def test_figure_2_shows_feedback_and_sinks() -> None:
     """Keys: F before each block. Rows: a block's tokens, then the FAM that compresses it."""
-    config = FamConfig(block_size=2, memory_segments=1, fam_length=1, sink_tokens=1)
+    config = FamConfig.paper(block_size=2, memory_segments=1, fam_length=1, sink_tokens=1)
     mask = plots.mask_of(config, 3)
     assert [name for name, _ in mask.queries] == ["block 0", "F₀", "block 1", "F₁", "block 2", "F₂"]
     assert [name for name, _ in mask.keys] == ["F₋₁", "block 0", "F₀", "block 1", "F₁", "block 2"]
@@ -70,7 +70,7 @@ def test_figure_2_shows_feedback_and_sinks() -> None:
 
 def test_receptive_field_of_figure_1d() -> None:
     """Each layer reaches M blocks further back, from the last token of block 5 to block 1."""
-    config = FamConfig(block_size=2, memory_segments=1, fam_length=0)
+    config = FamConfig.paper(block_size=2, memory_segments=1, fam_length=0)
     reached = plots.receptive_field(config, 11, 4)
     assert [min(layer) for layer in reached] == [2, 4, 6, 8, 11]
     assert reached[0] == set(range(2, 12))

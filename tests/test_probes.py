@@ -22,7 +22,7 @@ from transformerfam.data.passkey import PasskeyTexts
 from transformerfam.training import probes
 from transformerfam.training.probes import HeldOut, Passkey, logits_from, said_right
 
-CONFIG = FamConfig(block_size=4, memory_segments=1, fam_length=2, sink_tokens=1)
+CONFIG = FamConfig.paper(block_size=4, memory_segments=1, fam_length=2, sink_tokens=1)
 MODEL: Any = convert(tiny(), CONFIG)
 TOKENIZER = train("gpt2")
 

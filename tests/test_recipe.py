@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from transformerfam.config import FamConfig
 from transformerfam.errors import UserError
 from transformerfam.training import checks, recipe, values
-from transformerfam.training.recipe import Recipe, default_geometry
+from transformerfam.training.recipe import Recipe
 from transformerfam.training.settings import DataSettings, RunSettings, SourceSettings
 
 FILES = {"data": {"sources": [{"path": "x.jsonl"}]}}
@@ -42,8 +42,8 @@ def refusal(*overrides: str) -> str:
 def test_what_a_recipe_does_not_say_has_its_default() -> None:
     found = Recipe.from_dict({})
     assert found == Recipe()
-    assert found.fam == default_geometry()
-    assert made("fam.block_size=512").fam == default_geometry().replace(block_size=512)
+    assert found.fam == FamConfig()
+    assert made("fam.block_size=512").fam == FamConfig().replace(block_size=512)
 
 
 def test_a_file_is_read_with_its_sources(tmp_path: Path) -> None:
@@ -67,7 +67,7 @@ def test_a_file_is_read_with_its_sources(tmp_path: Path) -> None:
 
 def test_a_recipe_written_and_read_is_the_same(tmp_path: Path) -> None:
     first = Recipe(
-        fam=FamConfig(attention="swa", window=700, feedback_norm=(1.0,) * 64),
+        fam=FamConfig.paper(attention="swa", window=700, feedback_norm=(1.0,) * 64),
         data=DataSettings(
             sources=(SourceSettings(path='a "b"\\.jsonl'), SourceSettings("passkey", where=0.25))
         ),

@@ -65,7 +65,7 @@ def test_all_rows_of_a_step_have_the_same_length_and_steps_differ() -> None:
 
 
 def test_accuracy_counts_digits() -> None:
-    config = FamConfig(block_size=SHAPE.block, memory_segments=0, fam_length=2)
+    config = FamConfig.paper(block_size=SHAPE.block, memory_segments=0, fam_length=2)
     model = toy.toy_model(config, SHAPE, 0)
     source = toy.ToyPasskeys(SHAPE)
     share = toy.digit_accuracy(model, source, 3, 8)

@@ -122,7 +122,7 @@ WITHOUT_POSITIONS = {"Cohere 2": [3], "SmolLM3": [3]}
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_probe_finds_how_each_family_rotates(family: str, dtype: torch.dtype) -> None:
-    model = convert(tiny(family, dtype), FamConfig(block_size=6, fam_length=0))
+    model = convert(tiny(family, dtype), FamConfig.paper(block_size=6, fam_length=0))
     rotaries = model.get_decoder().rotaries()
     assert len(rotaries) == model.config.num_hidden_layers
     for layer, rotary in enumerate(rotaries):
@@ -142,7 +142,7 @@ def test_the_probe_tells_local_from_global_layers() -> None:
     kinds = ["sliding_attention", "full_attention", "sliding_attention"]
     model = convert(
         tiny("Gemma 3 (text)", rope_parameters=rope, layer_types=kinds),
-        FamConfig(block_size=6, fam_length=0),
+        FamConfig.paper(block_size=6, fam_length=0),
     )
     for kind, rotary in zip(kinds, model.model.rotaries(), strict=True):
         assert rotary.inv_freq is not None

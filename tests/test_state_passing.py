@@ -16,7 +16,7 @@ from transformerfam import FamConfig, Memory, convert
 
 B = 6
 WITH_FEEDBACK = {n: c for n, c in VARIANTS.items() if c.has_feedback and c.backend != "flex"}
-SMALL = FamConfig(block_size=B, memory_segments=1, fam_length=3, sink_tokens=2)
+SMALL = FamConfig.paper(block_size=B, memory_segments=1, fam_length=3, sink_tokens=2)
 
 
 def some_fams(model: Any, rows: int = 1) -> list[Tensor]:

@@ -20,7 +20,7 @@ from transformerfam.conversion import convert
 from transformerfam.memory import Memory
 from transformerfam.stream import Sampling, generate, read
 
-CONFIG = FamConfig(block_size=8, memory_segments=1, fam_length=3, sink_tokens=2)
+CONFIG = FamConfig.paper(block_size=8, memory_segments=1, fam_length=3, sink_tokens=2)
 TEXT = some_tokens(1, 61, seed=1)[0].tolist()
 MODEL = convert(tiny(), CONFIG)
 

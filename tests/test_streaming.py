@@ -189,7 +189,7 @@ def test_memory_is_as_large_after_300_blocks_as_after_3(name: str) -> None:
 
 
 def test_full_attention_keeps_everything() -> None:
-    model = convert(tiny(), FamConfig(block_size=B, attention="full", fam_length=0))
+    model = convert(tiny(), FamConfig.paper(block_size=B, attention="full", fam_length=0))
     plain = tiny()
     ids = some_tokens(1, 8 * B + 1)
     logits, memory = stream(model, ids, [7, 1, 20, 8 * B + 1 - 28])

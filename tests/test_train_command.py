@@ -22,7 +22,7 @@ from transformerfam.config import FamConfig
 from transformerfam.models import ADAPTER_FAM_CONFIG, is_trained
 from transformerfam.training.recipe import Recipe
 
-FAM = FamConfig(block_size=16, memory_segments=1, fam_length=2, first_residual="prompt")
+FAM = FamConfig.paper(block_size=16, memory_segments=1, fam_length=2, first_residual="prompt")
 IDS = torch.arange(3, 60)[None]
 ROWS = [{"prompt": f"The number {n} is", "completion": " a number."} for n in range(12)]
 

@@ -112,7 +112,7 @@ def model_for(tokenizer: Any) -> Any:
     with torch.no_grad():  # logits of 0, so that an answer of random weights has no special tokens
         model.lm_head.weight[tokenizer.all_special_ids] = 0
     model.generation_config.eos_token_id = tokenizer.convert_tokens_to_ids("</s>")
-    return convert(model, FamConfig(block_size=16, memory_segments=1, fam_length=2))
+    return convert(model, FamConfig.paper(block_size=16, memory_segments=1, fam_length=2))
 
 
 def record(monkeypatch: pytest.MonkeyPatch) -> list[int]:

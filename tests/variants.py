@@ -49,5 +49,5 @@ _CHANGES: dict[str, dict[str, Any]] = {
 }
 
 VARIANTS: dict[str, FamConfig] = {
-    name: FamConfig(**{**_SMALL, **c}) for name, c in _CHANGES.items()
+    name: FamConfig.paper(**{**_SMALL, **c}) for name, c in _CHANGES.items()
 }

@@ -45,7 +45,7 @@ def convert(
 
     Args:
         model: any decoder with rotary positions whose attention transformers lets us replace.
-        config: geometry; the paper's by default.
+        config: geometry; `FamConfig()` by default, which begins nearly without harm.
         prompt: what the FAM prompt starts from, see `initialise_prompt`.
         seed: chooses vocabulary tokens for it.
 
@@ -95,7 +95,7 @@ def restore(model: PreTrainedModel, attention: str = "sdpa") -> PreTrainedModel:
 # ---- a rehearsal: a few tokens before and after
 
 
-_REHEARSAL = FamConfig(block_size=3, memory_segments=3, fam_length=0)
+_REHEARSAL = FamConfig.paper(block_size=3, memory_segments=3, fam_length=0)
 
 
 @torch.no_grad()

@@ -39,7 +39,7 @@ def reading_config() -> FamConfig:
 
     An untrained feedback memory does harm, since tokens attend to rows that mean nothing yet.
     """
-    return FamConfig(fam_length=0, sink_tokens=4)
+    return FamConfig(fam_length=0)
 
 
 def is_trained(model: object) -> bool:

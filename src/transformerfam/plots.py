@@ -95,9 +95,9 @@ def draw_masks(path: str | PathLike[str], *, sink_tokens: int = 0) -> None:
     """
     figure = _figure(path, 15, 11)
     (a, b, c), (d, e, f) = figure.subplots(2, 3)
-    bswa = FamConfig(block_size=2, memory_segments=1, fam_length=0)
+    bswa = FamConfig.paper(block_size=2, memory_segments=1, fam_length=0)
     swa = bswa.replace(attention="swa", window=3)
-    fam = FamConfig(block_size=4, memory_segments=2, fam_length=2, sink_tokens=sink_tokens)
+    fam = FamConfig.paper(block_size=4, memory_segments=2, fam_length=2, sink_tokens=sink_tokens)
     sinks = f", {sink_tokens} sink tokens" if sink_tokens else ""
 
     _draw_mask(a, mask_of(swa, 6), "1a", "Sliding window attention", "window 3")

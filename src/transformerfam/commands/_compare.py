@@ -140,9 +140,7 @@ def _configs(base: FamConfig, trained: bool) -> dict[str, FamConfig]:
         sinks = base.sink_tokens or min(_USUAL_SINKS, base.block_size)
         found[f"{name} + {sinks} sinks"] = windows.replace(sink_tokens=sinks)
     slots = base.fam_length or min(_USUAL_SLOTS, base.block_size)
-    with_fam = (
-        base if base.has_feedback else windows.replace(fam_length=slots, first_residual="prompt")
-    )
+    with_fam = base if base.has_feedback else windows.replace(fam_length=slots)
     found[f"FAM {slots}" + ("" if trained else ", untrained")] = with_fam
     if base not in found.values():
         found["as set"] = base

@@ -96,12 +96,10 @@ def changed(base: FamConfig, changes: dict[str, Any]) -> FamConfig:
     pattern = changes.get("attention", base.attention)
     if pattern != base.attention:
         values.update(window=None, global_positions=())
-    if pattern in ("full", "longformer"):
-        values.update(sink_tokens=0)
     if changes.get("fam_length", base.fam_length) != base.fam_length:
         per_slot = isinstance(base.feedback_norm, tuple)
         if changes.get("fam_length") == 0:
-            values.update(feedback_norm="none", previous_fams=1)
+            values.update(feedback_norm="none", previous_fams=1, fam_bias=0.0)
         elif per_slot:
             values.update(feedback_norm="none")
     try:

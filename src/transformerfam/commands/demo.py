@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 HELP = "watch a small real model read a long real text in constant memory"
 # Small blocks, so that a text of a few minutes is many windows long.
-_CONFIG = FamConfig(block_size=256, memory_segments=3, fam_length=0, sink_tokens=4)
+_CONFIG = FamConfig(block_size=256, memory_segments=3, fam_length=0)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

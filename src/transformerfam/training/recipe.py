@@ -29,11 +29,6 @@ from transformerfam.training.settings import (
 _SOURCES = "sources"
 
 
-def default_geometry() -> FamConfig:
-    """The geometry of a recipe that does not say otherwise."""
-    return FamConfig(sink_tokens=4, first_residual="prompt")
-
-
 @dataclass(frozen=True)
 class Recipe:
     """What to train, on what, and how. Two that are equal describe the same run.
@@ -43,7 +38,7 @@ class Recipe:
     """
 
     model: ModelSettings = field(default_factory=ModelSettings)
-    fam: FamConfig = field(default_factory=default_geometry)
+    fam: FamConfig = field(default_factory=FamConfig)
     train: TrainSettings = field(default_factory=TrainSettings)
     data: DataSettings = field(default_factory=DataSettings)
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
@@ -83,8 +78,7 @@ class Recipe:
         sections = {}
         for name, section in table.items():
             _check_place(name, section)
-            base = values.plain_values(default_geometry()) if name == "fam" else None
-            sections[name] = values.settings_from(SECTIONS[name], section, name, base)
+            sections[name] = values.settings_from(SECTIONS[name], section, name)
         return cls(**sections)
 
     def to_dict(self) -> dict[str, Any]:
@@ -126,8 +120,6 @@ _TABLES = {**SECTIONS, "data.sources": SourceSettings}
 
 def default_value(section: str, name: str) -> Any:
     """What a setting is where the recipe does not say; `data.sources` is a section here."""
-    if section == "fam":
-        return getattr(default_geometry(), name)
     return values.default_of(_TABLES[section], name)
 
 

@@ -169,6 +169,8 @@ class Trainer:
             TrainingStopped: if loss or gradients are not finite, or explode.
         """
         self._take_up(resume)
+        # Nobody writes before all have looked what is there.
+        self.accelerator.wait_for_everyone()
         trained = Trained(self._whole_model(), self.folder, steps=self.start.step)
         run, began, tokens = self.recipe.run, time.monotonic(), self.start.tokens
 

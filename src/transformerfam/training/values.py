@@ -39,14 +39,13 @@ def parse_toml(text: str) -> dict[str, Any]:
 # ---- values to settings
 
 
-def settings_from(cls: type[T], values: Any, key: str, base: Mapping[str, Any] | None = None) -> T:
+def settings_from(cls: type[T], values: Any, key: str) -> T:
     """A dataclass from a table of plain values.
 
     Args:
         cls: the dataclass. What it raises as ValueError is told with the key.
-        values: its fields by name; a field that is left out has the value of `base`, else its own.
+        values: its fields by name; a field that is left out has its default.
         key: what the table is called in messages.
-        base: values of fields.
 
     Raises:
         UserError: for a key that there is not, with the nearest one, and for a wrong type.
@@ -59,7 +58,7 @@ def settings_from(cls: type[T], values: Any, key: str, base: Mapping[str, Any] |
             raise UserError(f"There is no setting {key}.{name}{nearest(name, hints)}.")
     given = {name: converted(value, hints[name], f"{key}.{name}") for name, value in values.items()}
     try:
-        return cls(**{**(base or {}), **given})
+        return cls(**given)
     except ValueError as error:
         raise UserError(f"[{key}] cannot be used: {error}") from None
 
