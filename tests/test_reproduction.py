@@ -91,11 +91,20 @@ def test_runs_that_are_done_are_not_done_again(tmp_path: Path) -> None:
     first = list(results_of(runs, count_calls, file, workers=1))
     assert sorted(result["twice"] for _, result, _ in first) == [0, 2]
     assert not any(kept for _, _, kept in first)
-    again = list(results_of([*runs, {"n": 5, "fails": True}][:2], count_calls, file, workers=1))
+    again = list(results_of(runs, count_calls, file, workers=1))
     assert all(kept for _, _, kept in again)
     file.write_text("no results\n")
     with pytest.raises(UserError, match="move it away"):
         list(results_of(runs, count_calls, file, workers=1))
+
+
+def test_a_run_that_fails_says_why_and_loses_no_other(tmp_path: Path) -> None:
+    file = tmp_path / "runs.jsonl"
+    runs = [{"n": 1, "fails": False}, {"n": 2, "fails": True}]
+    with pytest.raises(UserError, match="^no$"):
+        list(results_of(runs, count_calls, file, workers=1))
+    (kept,) = results_of(runs[:1], count_calls, file, workers=1)
+    assert kept == (runs[0], {"twice": 2}, True)
 
 
 # ---- the page

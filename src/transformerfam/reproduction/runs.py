@@ -57,8 +57,10 @@ def results_of(
                 _write(file, kept)
                 yield run, result, False
         except BaseException:
+            # Before the pool is shut down, which forgets its processes.
+            processes = list((getattr(pool, "_processes", None) or {}).values())
             pool.shutdown(wait=False, cancel_futures=True)
-            for process in list(getattr(pool, "_processes", {}).values()):
+            for process in processes:
                 process.terminate()
             raise
 
