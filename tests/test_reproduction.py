@@ -101,7 +101,7 @@ def test_runs_that_are_done_are_not_done_again(tmp_path: Path) -> None:
 def test_a_run_that_fails_says_why_and_loses_no_other(tmp_path: Path) -> None:
     file = tmp_path / "runs.jsonl"
     runs = [{"n": 1, "fails": False}, {"n": 2, "fails": True}]
-    with pytest.raises(UserError, match="^no$"):
+    with pytest.raises(UserError, match=r"^no$"):
         list(results_of(runs, count_calls, file, workers=1))
     (kept,) = results_of(runs[:1], count_calls, file, workers=1)
     assert kept == (runs[0], {"twice": 2}, True)

@@ -228,7 +228,7 @@ def test_a_dry_run_shows_settings_rows_and_a_sample(fam: Run, recipe: str) -> No
     assert "learning_rate = 0.0001" in out
     assert "texts.jsonl, 12 rows, 1 more that cannot be used: " in out
     assert "texts.jsonl:13" in out
-    assert "first example: " in out
+    assert "first of " in out
     assert " is a number." in out
     assert "no run.output yet" in err
     assert {path.name for path in Path().iterdir()} == {"my.toml", "texts.jsonl"}
