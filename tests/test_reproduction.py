@@ -107,6 +107,20 @@ def test_a_run_that_fails_says_why_and_loses_no_other(tmp_path: Path) -> None:
     assert kept == (runs[0], {"twice": 2}, True)
 
 
+def test_two_commands_on_one_file_keep_each_others_results(tmp_path: Path) -> None:
+    file = tmp_path / "runs.jsonl"
+    one, two = ([{"n": n, "fails": False} for n in ns] for ns in ((1, 2), (3, 4)))
+    first = results_of(one, count_calls, file, workers=1)
+    next(first)
+    list(results_of(two, count_calls, file, workers=1))
+    list(first)
+    with file.open("a") as broken:
+        broken.write('{"run": {"n"')  # killed while it wrote
+    again = list(results_of([*one, *two, {"n": 9, "fails": False}], count_calls, file, workers=1))
+    assert [kept for _, _, kept in again] == [True] * 4 + [False]
+    assert all(kept for _, _, kept in results_of([again[-1][0]], count_calls, file, workers=1))
+
+
 # ---- the page
 
 

@@ -278,23 +278,23 @@ def put_adapter(model: Any, adapter: str, *, trainable: bool = False) -> Any:
     try:
         with quiet():
             config = peft.PeftConfig.from_pretrained(adapter)
+            stored = peft.utils.load_peft_weights(adapter, device="cpu")
             saved = list(config.modules_to_save or [])
             if model.fam_config.has_feedback and _PROMPT not in saved:
                 config.modules_to_save = [*saved, _PROMPT]
-            put = peft.PeftModel.from_pretrained(
-                model, adapter, config=config, is_trainable=trainable
-            )
-            stored = set(peft.utils.load_peft_weights(adapter, device="cpu"))
+            config.inference_mode = not trainable
+            # PEFT puts the name of this model; it may have been trained under another.
+            config.base_model_name_or_path = None
+            put = peft.get_peft_model(model, config)
+            places = peft.get_peft_model_state_dict(put)
+            if _PROMPT not in saved:
+                stored |= {name: own for name, own in places.items() if _PROMPT in name}
+            # PEFT tells of weights that find no place, and not of places that find no weights.
+            if stray := sorted(stored.keys() ^ places.keys()):
+                raise ValueError(f"{stray[0]} is in one of both alone")
+            peft.set_peft_model_state_dict(put, stored)
     except Exception as error:  # missing files, other shapes, other layers
         raise ModelError(
             f"The adapter {adapter} cannot be put on this model ({first_sentence(error)})."
         ) from error
-    # PEFT says nothing of weights that find no place, and of places that find no weights.
-    wanted = set(peft.get_peft_model_state_dict(put))
-    if _PROMPT not in saved:
-        wanted = {name for name in wanted if _PROMPT not in name}
-    if stray := sorted(stored ^ wanted):
-        raise ModelError(
-            f"The adapter {adapter} is of another model: {stray[0]} is in one of both alone."
-        )
     return put

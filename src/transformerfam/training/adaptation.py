@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -78,6 +78,7 @@ def _with_adapter(model: Any, settings: TrainSettings, adapter: str) -> Any:
         targets = _NO_MATRICES
     elif targets != "all-linear":
         targets = [targets] if isinstance(targets, str) else targets
+    _check_ties(model, settings.targets)
     config = peft.LoraConfig(
         r=settings.rank,
         lora_alpha=settings.alpha,
@@ -87,33 +88,30 @@ def _with_adapter(model: Any, settings: TrainSettings, adapter: str) -> Any:
         task_type="CAUSAL_LM",
     )
     try:
-        adapted = peft.get_peft_model(model, config)
+        return peft.get_peft_model(model, config)
     except ValueError as error:
         raise UserError(
             f"LoRA finds no matrices called {', '.join(settings.targets)} in this model; see "
             "train.targets."
         ) from error
-    _check_ties(model)
-    return adapted
 
 
 def _go_on_from(adapter: str, model: Any, settings: TrainSettings) -> Any:
     """`model` with an adapter of it, which is trained on."""
     adapted = put_adapter(model, adapter, trainable=True)
-    # It may have been trained under another name of the model.
-    adapted.peft_config["default"].base_model_name_or_path = model.name_or_path
     if settings.what == "prompt":
         for name, parameter in adapted.named_parameters():
             parameter.requires_grad_(parameter.requires_grad and _PROMPT in name)
     return adapted
 
 
-def _check_ties(model: Any) -> None:
+def _check_ties(model: Any, targets: Sequence[str]) -> None:
     """Refuse to change a matrix that is used in two places: merged, it would change in both."""
     if not getattr(model.config, "tie_word_embeddings", False):
         return
     ends = (model.get_input_embeddings(), model.get_output_embeddings())
-    if any(hasattr(module, "lora_embedding_A") or hasattr(module, "lora_A") for module in ends):
+    names = {name.rpartition(".")[2] for name, module in model.named_modules() if module in ends}
+    if names & {target.rpartition(".")[2] for target in targets}:
         raise UserError(
             "This model reads and speaks with the same embeddings, which LoRA would change in one of "
             "both places; leave embed_tokens and lm_head out of train.targets."
