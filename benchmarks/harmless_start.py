@@ -54,7 +54,7 @@ def work(run: Run) -> Result:
 
     torch.set_num_threads(1)
     geometry, prompt, feedback = WAYS[run["way"]]
-    bias = {**feedback, "bias_steps": run["steps"] // 2} if feedback else {}
+    bias = {**feedback, "bias_steps": run["steps"] // 2 if feedback else 0}
     recipe = Recipe.from_dict(
         {
             "fam": geometry,

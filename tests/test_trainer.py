@@ -31,6 +31,7 @@ BASE: dict[str, dict[str, Any]] = {
     "train": {"rank": 2, "alpha": 4.0},
     "data": {"length": 4 * B, "batch_size": 2},
     "optimizer": {"learning_rate": 1e-2, "warmup_steps": 2},
+    "feedback": {"bias_steps": 0},
     "run": {"steps": STEPS, "tensorboard": False, "activation_checkpointing": False},
 }
 

@@ -241,9 +241,13 @@ class Trainer:
                 grad_norm=norm,
                 tokens=tokens,
                 seconds=time.monotonic() - began,
-                fam_bias=bias_at(step, self.recipe) if self.recipe.feedback.bias_steps else None,
+                fam_bias=bias_at(step, self.recipe) if self._bias_rises else None,
             )
         return loss, tokens
+
+    @property
+    def _bias_rises(self) -> bool:
+        return self.recipe.fam.has_feedback and self.recipe.feedback.bias_steps > 0
 
     def _batches(self) -> list[Batch]:
         pieces = [reader.next() for reader in self.readers]
