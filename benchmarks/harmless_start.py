@@ -20,16 +20,14 @@ from transformerfam import report
 from transformerfam.commands.demo import language_reference
 from transformerfam.reproduction.runs import Result, Run, results_of
 
-GEOMETRY = {"block_size": 64, "memory_segments": 1, "fam_length": 8, "sink_tokens": 4}
+GEOMETRY = {"block_size": 128, "memory_segments": 1, "fam_length": 8, "sink_tokens": 4}
 KEPT = {**GEOMETRY, "first_residual": "prompt"}
 # name: (geometry, what the prompt starts from, settings of [feedback])
 WAYS: dict[str, tuple[dict[str, Any], str, dict[str, Any]]] = {
     "BSWA": ({**GEOMETRY, "fam_length": 0}, "vocabulary", {}),
     "paper": ({**GEOMETRY, "first_residual": "zero"}, "vocabulary", {}),
-    "first residual kept": (KEPT, "vocabulary", {}),
-    "kept, bias": (KEPT, "vocabulary", {"bias_start": -8.0}),
     "kept, start token": (KEPT, "start", {}),
-    "kept, start token, bias": (KEPT, "start", {"bias_start": -8.0}),
+    "kept, start token, bias from -32": (KEPT, "start", {"bias_start": -32.0}),
 }
 
 
@@ -54,7 +52,7 @@ def work(run: Run) -> Result:
 
     torch.set_num_threads(1)
     geometry, prompt, feedback = WAYS[run["way"]]
-    bias = {**feedback, "bias_steps": run["steps"] // 2 if feedback else 0}
+    bias = {**feedback, "bias_steps": run["steps"] * 3 // 4 if feedback else 0}
     recipe = Recipe.from_dict(
         {
             "fam": geometry,
@@ -102,8 +100,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=Path("harmless.jsonl"))
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=16)
-    parser.add_argument("--length", type=int, default=512, help="tokens of a step")
+    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--length", type=int, default=1024, help="tokens of a step")
     parser.add_argument("--asked", type=int, default=2048, help="tokens that are measured")
     parser.add_argument("--text", help="a text file instead of the language reference")
     parser.add_argument("--workers", type=int, default=2)
