@@ -22,8 +22,8 @@ from transformerfam.data.passkey import (
     NAMES,
     PasskeySample,
     PasskeyTexts,
-    sentences_of,
 )
+from transformerfam.data.haystack import sentences_of
 from transformerfam.errors import UserError
 from transformerfam.text import Encoder
 
