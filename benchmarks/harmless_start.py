@@ -54,7 +54,7 @@ def work(run: Run) -> Result:
 
     torch.set_num_threads(1)
     geometry, prompt, feedback = WAYS[run["way"]]
-    bias = {**feedback, "bias_steps": run["steps"] // 2} if feedback else {}
+    bias = {**feedback, "bias_steps": run["steps"] // 2 if feedback else 0}
     recipe = Recipe.from_dict(
         {
             "fam": geometry,
@@ -66,6 +66,8 @@ def work(run: Run) -> Result:
                 "steps": run["steps"],
                 "seed": run["seed"],
                 "activation_checkpointing": False,
+                # The paper's start has gradients of 1e6, which are cut to 1.
+                "explode_at": float("inf"),
             },
         }
     )

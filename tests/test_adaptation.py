@@ -12,7 +12,7 @@ from command_line import Run
 from families import some_tokens, tiny
 from peft import PeftModel
 from safetensors.torch import load_file
-from test_trainer import Counting, recipe, trainer
+from test_trainer import BASE, Counting, recipe, trainer
 from tiny_tokenizer import tiny_tokenizer
 from torch import Tensor
 
@@ -20,7 +20,7 @@ import transformerfam
 from transformerfam import Memory, convert
 from transformerfam.data.rows import Piece
 from transformerfam.errors import UserError
-from transformerfam.models import is_trained
+from transformerfam.models import ModelError, is_trained, put_adapter
 from transformerfam.training import adaptation
 from transformerfam.training.batches import Batch
 from transformerfam.training.recipe import Recipe
@@ -180,6 +180,47 @@ def test_going_on_from_an_adapter_starts_with_what_it_says(tmp_path: Path) -> No
     trained = trained_on(made).model
     assert not torch.allclose(logits(trained), logits(first), atol=1e-3)
     assert_same(loaded(tmp_path / "second"), trained)
+
+
+def test_going_on_from_windows_alone_a_prompt_is_trained_too(tmp_path: Path) -> None:
+    base = base_folder(tmp_path)
+    trained_on(short(tmp_path, base, fam={**BASE["fam"], "fam_length": 0}))
+    adapter = str(tmp_path / "adapter")
+    assert not is_trained(transformerfam.load(adapter, recipe().fam)[0])
+    made = short(tmp_path, base, "second", model={"adapter": adapter})
+    trained = trained_on(made).model
+    assert any("fam_prompt" in name for name in adaptation.trained_parameters(trained))
+    assert is_trained(loaded(tmp_path / "second"))
+    assert_same(loaded(tmp_path / "second"), trained)
+
+
+def test_going_on_with_the_prompt_alone_leaves_matrices_as_they_are(tmp_path: Path) -> None:
+    base = base_folder(tmp_path)
+    trained_on(short(tmp_path, base))
+    more = {"model": {"adapter": str(tmp_path / "adapter")}, "train": {"what": "prompt"}}
+    made = short(tmp_path, base, "second", **more)
+    model, _ = adaptation.load_for_training(made)
+    assert all("fam_prompt" in name for name in adaptation.trained_parameters(model))
+    trained = trained_on(made).model
+    assert_same(loaded(tmp_path / "second"), trained)
+
+
+@pytest.mark.parametrize("layers", [1, 4])
+def test_an_adapter_of_another_number_of_layers_is_refused(layers: int, tmp_path: Path) -> None:
+    trained_on(short(tmp_path, base_folder(tmp_path)))
+    other = convert(tiny(dtype=torch.float32, num_hidden_layers=layers), recipe().fam)
+    with pytest.raises(ModelError, match=r"\(.* is in one of both alone\)"):
+        put_adapter(other, str(tmp_path / "adapter"))
+
+
+@pytest.mark.parametrize("target", ["lm_head", "embed_tokens"])
+def test_embeddings_that_are_the_head_too_are_no_targets(target: str) -> None:
+    made = recipe(train={"targets": [target, "q_proj"]})
+    tied = convert(tiny(dtype=torch.float32, tie_word_embeddings=True), made.fam)
+    with pytest.raises(UserError, match="leave embed_tokens and lm_head out"):
+        adaptation.adapt(tied, made.train, 0)
+    own = convert(tiny(dtype=torch.float32, tie_word_embeddings=False), made.fam)
+    adaptation.adapt(own, made.train, 0)
 
 
 @pytest.mark.parametrize("what", ["lora", "full", "prompt"])

@@ -24,9 +24,9 @@ STEPS = 4
 KINDS: dict[str, dict[str, Any]] = {
     "packed": {
         "data": {"layout": "packed"},
-        "feedback": {"state_passing": 0.7, "position_offset": 0.5},
+        "feedback": {"state_passing": 0.7, "position_offset": 0.5, "bias_steps": 0},
     },
-    "documents": {"data": {"layout": "documents"}, "feedback": {"bptt_blocks": 2}},
+    "documents": {"data": {"layout": "documents"}, "feedback": {"bptt_blocks": 2, "bias_steps": 0}},
 }
 
 # Accelerate shards weights on GPUs only; told that these are some, it does so on the CPU.

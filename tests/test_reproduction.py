@@ -91,11 +91,34 @@ def test_runs_that_are_done_are_not_done_again(tmp_path: Path) -> None:
     first = list(results_of(runs, count_calls, file, workers=1))
     assert sorted(result["twice"] for _, result, _ in first) == [0, 2]
     assert not any(kept for _, _, kept in first)
-    again = list(results_of([*runs, {"n": 5, "fails": True}][:2], count_calls, file, workers=1))
+    again = list(results_of(runs, count_calls, file, workers=1))
     assert all(kept for _, _, kept in again)
     file.write_text("no results\n")
     with pytest.raises(UserError, match="move it away"):
         list(results_of(runs, count_calls, file, workers=1))
+
+
+def test_a_run_that_fails_says_why_and_loses_no_other(tmp_path: Path) -> None:
+    file = tmp_path / "runs.jsonl"
+    runs = [{"n": 1, "fails": False}, {"n": 2, "fails": True}]
+    with pytest.raises(UserError, match=r"^no$"):
+        list(results_of(runs, count_calls, file, workers=1))
+    (kept,) = results_of(runs[:1], count_calls, file, workers=1)
+    assert kept == (runs[0], {"twice": 2}, True)
+
+
+def test_two_commands_on_one_file_keep_each_others_results(tmp_path: Path) -> None:
+    file = tmp_path / "runs.jsonl"
+    one, two = ([{"n": n, "fails": False} for n in ns] for ns in ((1, 2), (3, 4)))
+    first = results_of(one, count_calls, file, workers=1)
+    next(first)
+    list(results_of(two, count_calls, file, workers=1))
+    list(first)
+    with file.open("a") as broken:
+        broken.write('{"run": {"n"')  # killed while it wrote
+    again = list(results_of([*one, *two, {"n": 9, "fails": False}], count_calls, file, workers=1))
+    assert [kept for _, _, kept in again] == [True] * 4 + [False]
+    assert all(kept for _, _, kept in results_of([again[-1][0]], count_calls, file, workers=1))
 
 
 # ---- the page

@@ -25,7 +25,7 @@ def recipe(layout: str = "packed", fam: dict[str, Any] | None = None, **feedback
         {
             "fam": {**FAM, **(fam or {})},
             "data": {"layout": layout, "batch_size": 2, "length": 4 * B},
-            "feedback": feedback,
+            "feedback": {"bias_steps": 0, **feedback},
         }
     )
 

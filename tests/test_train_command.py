@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -25,10 +24,6 @@ from transformerfam.training.recipe import Recipe
 FAM = FamConfig.paper(block_size=16, memory_segments=1, fam_length=2, first_residual="prompt")
 IDS = torch.arange(3, 60)[None]
 ROWS = [{"prompt": f"The number {n} is", "completion": " a number."} for n in range(12)]
-
-needs_the_loop = pytest.mark.skipif(
-    find_spec("transformerfam.data") is None, reason="training is not complete"
-)
 
 
 @pytest.fixture
@@ -192,7 +187,6 @@ def test_it_runs_as_a_module_as_accelerate_starts_it() -> None:
 # ---- fam train: for real
 
 
-@needs_the_loop
 def test_an_adapter_comes_of_a_recipe_and_can_be_used(fam: Run, recipe: str) -> None:
     code, out, err = fam("train", recipe, "--output", "out")
     assert code == 0, err
@@ -219,7 +213,6 @@ def test_an_adapter_comes_of_a_recipe_and_can_be_used(fam: Run, recipe: str) -> 
     torch.testing.assert_close(logits(load("merged")[0]), logits(load("out")[0]))
 
 
-@needs_the_loop
 def test_a_dry_run_shows_settings_rows_and_a_sample(fam: Run, recipe: str) -> None:
     with Path("texts.jsonl").open("a") as file:
         file.write('{"promt": "a row that nobody can use"}\n')
@@ -228,7 +221,7 @@ def test_a_dry_run_shows_settings_rows_and_a_sample(fam: Run, recipe: str) -> No
     assert "learning_rate = 0.0001" in out
     assert "texts.jsonl, 12 rows, 1 more that cannot be used: " in out
     assert "texts.jsonl:13" in out
-    assert "first example: " in out
+    assert "first of " in out
     assert " is a number." in out
     assert "no run.output yet" in err
     assert {path.name for path in Path().iterdir()} == {"my.toml", "texts.jsonl"}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ BASE: dict[str, dict[str, Any]] = {
     "train": {"rank": 2, "alpha": 4.0},
     "data": {"length": 4 * B, "batch_size": 2},
     "optimizer": {"learning_rate": 1e-2, "warmup_steps": 2},
+    "feedback": {"bias_steps": 0},
     "run": {"steps": STEPS, "tensorboard": False, "activation_checkpointing": False},
 }
 
@@ -379,6 +381,41 @@ def test_a_run_does_not_go_on_as_another(change: str, begun: Path) -> None:
         f"The run in {begun} was begun with another {name}; a run can only go on as it was begun. "
         "Choose another folder with --output."
     )
+
+
+def test_a_setting_that_is_taken_away_is_noticed(tmp_path: Path) -> None:
+    fam = {**BASE["fam"], "attention": "xl", "window": 6}
+    run(recipe(tmp_path, fam=fam), steps=2)
+    del fam["window"]
+    with pytest.raises(UserError, match=r"begun with another fam\.window"):
+        run(recipe(tmp_path, fam=fam), resume=True)
+
+
+def test_carried_memories_keep_the_precision(tmp_path: Path) -> None:
+    run(recipe(tmp_path, data={"layout": "documents"}), steps=2)
+    with pytest.raises(UserError, match=r"begun with another run\.precision"):
+        run(recipe(tmp_path, data={"layout": "documents"}, run={"precision": "bf16"}), resume=True)
+
+
+@pytest.mark.parametrize("file", ["state.json", "trained.safetensors", "optimizer.safetensors"])
+def test_a_damaged_checkpoint_is_named_with_what_to_do(file: str, tmp_path: Path) -> None:
+    made = recipe(tmp_path, run={"checkpoint_every": 1})
+    run(made, steps=2)
+    damaged = tmp_path / "checkpoints" / "step-00000002" / file
+    damaged.write_bytes(damaged.read_bytes()[:20])
+    with pytest.raises(UserError, match=r"step-00000002 is damaged.*; remove it to go on from"):
+        run(made, resume=True)
+    shutil.rmtree(damaged.parent)
+    assert run(made, resume=True).steps == STEPS
+
+
+def test_what_is_left_out_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    made = recipe(tmp_path, data={"layout": "single", "length": 20})
+    one = trainer(made, Counting(10, 30))
+    one.quiet = False
+    one.run()
+    assert "too short, or too long for data.length" in capsys.readouterr().err
+    assert "| examples left out | " in (tmp_path / "README.md").read_text()
 
 
 def test_a_run_that_could_go_on_is_not_overwritten(begun: Path) -> None:

@@ -29,6 +29,33 @@ def whole_file(path: str | os.PathLike[str]) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def append_line(path: str | os.PathLike[str], line: str) -> None:
+    """Add a line to a file; it is on the disk when this returns.
+
+    Several processes may add to one file. What a process that was killed left of a line is ended, so
+    that it spoils no other.
+    """
+    with open(path, "ab+") as file:
+        file.seek(0, os.SEEK_END)
+        if file.tell():
+            file.seek(-1, os.SEEK_END)
+            if file.read(1) != b"\n":
+                line = f"\n{line}"
+        file.write(f"{line}\n".encode())
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def sync_folder(folder: str | os.PathLike[str]) -> None:
+    """Have all files of a folder, and their names, on the disk, before it is renamed."""
+    for path in [*Path(folder).iterdir(), Path(folder)]:
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
 def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)

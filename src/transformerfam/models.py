@@ -27,11 +27,20 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["ADAPTER_FAM_CONFIG", "EMBEDDED", "ModelError", "is_trained", "load", "reading_config"]
+__all__ = [
+    "ADAPTER_FAM_CONFIG",
+    "EMBEDDED",
+    "ModelError",
+    "is_trained",
+    "load",
+    "put_adapter",
+    "reading_config",
+]
 
 # Beside the weights of an adapter: the geometry that it was trained with.
 ADAPTER_FAM_CONFIG = "fam_config.json"
 _HUB_TIMEOUT_SECONDS = 10
+_PROMPT = "fam_prompt"
 
 
 def reading_config() -> FamConfig:
@@ -88,11 +97,13 @@ def load(
         model = convert(model, config or reading_config())
     elif config is not None:
         model = reconfigure(model, config)
-    if adapter is not None:
-        model = _merge_adapter(model, adapter)
     slots = model.fam_config.fam_length
     # A stored prompt of another length is not used: the model got a fresh one.
-    model.fam_trained = slots > 0 and (adapter is not None or slots == stored_slots)
+    trained = slots > 0 and slots == stored_slots
+    if adapter is not None:
+        trained = trained or (slots > 0 and _has_prompt(adapter))
+        model = put_adapter(model, adapter).merge_and_unload()
+    model.fam_trained = trained
     return model.to(device).eval(), tokenizer
 
 
@@ -248,13 +259,42 @@ def _adapter_config(adapter: str) -> FamConfig:
     return FamConfig.from_dict(_json_values(file))
 
 
-def _merge_adapter(model: Any, adapter: str) -> Any:
-    """`model` with the adapter's weights, the FAM prompt among them, added into its own."""
+def _has_prompt(adapter: str) -> bool:
+    """Whether an adapter was trained with a feedback memory."""
+    saved = _json_values(Path(adapter) / "adapter_config.json").get("modules_to_save")
+    return _PROMPT in (saved or [])
+
+
+def put_adapter(model: Any, adapter: str, *, trainable: bool = False) -> Any:
+    """A PEFT model of `model` and the adapter in a folder.
+
+    An adapter of windows alone, without a FAM prompt, fits a model with feedback: the prompt of the
+    model then stays, and is trained if the adapter is.
+
+    Raises:
+        ModelError: if the adapter has other weights than this model has places for.
+    """
     peft = require("peft", "train")
     try:
         with quiet():
-            return peft.PeftModel.from_pretrained(model, adapter).merge_and_unload()
+            config = peft.PeftConfig.from_pretrained(adapter)
+            stored = peft.utils.load_peft_weights(adapter, device="cpu")
+            saved = list(config.modules_to_save or [])
+            if model.fam_config.has_feedback and _PROMPT not in saved:
+                config.modules_to_save = [*saved, _PROMPT]
+            config.inference_mode = not trainable
+            # PEFT puts the name of this model; it may have been trained under another.
+            config.base_model_name_or_path = None
+            put = peft.get_peft_model(model, config)
+            places = peft.get_peft_model_state_dict(put)
+            if _PROMPT not in saved:
+                stored |= {name: own for name, own in places.items() if _PROMPT in name}
+            # PEFT tells of weights that find no place, and not of places that find no weights.
+            if stray := sorted(stored.keys() ^ places.keys()):
+                raise ValueError(f"{stray[0]} is in one of both alone")
+            peft.set_peft_model_state_dict(put, stored)
     except Exception as error:  # missing files, other shapes, other layers
         raise ModelError(
             f"The adapter {adapter} cannot be put on this model ({first_sentence(error)})."
         ) from error
+    return put

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 HELP = "teach a model to use its feedback memory, as a recipe says"
 _SAMPLE_CHARACTERS = 600
+_TRIED_ROWS = 32
 
 EPILOG = """\
 examples:
@@ -79,6 +80,9 @@ def run(args: argparse.Namespace) -> int:
     recipe = _recipe(args)
     if args.dry_run:
         return _dry_run(recipe)
+    from transformerfam.training import places
+
+    places.check(recipe)
     from transformers.utils import logging
 
     from transformerfam.commands import _session
@@ -123,7 +127,7 @@ def _let_changes_stand_behind_options(parser: argparse.ArgumentParser) -> None:
 
 def _recipe(args: argparse.Namespace) -> Recipe:
     """The recipe with all changes, complete."""
-    from transformerfam.training import checks, recipe
+    from transformerfam.training import checks, places, recipe
 
     if args.recipe is None:
         raise UserError(
@@ -133,10 +137,9 @@ def _recipe(args: argparse.Namespace) -> Recipe:
     found = recipe.Recipe.load(recipe.find(args.recipe), args.changes)
     if args.output is not None:
         found = found.replace(run=replace(found.run, output=args.output))
-    elif args.dry_run and not found.run.output:
-        return found
-    checks.check_complete(found)
-    return found
+    if not args.dry_run:
+        checks.check_complete(found)
+    return places.with_full_paths(found)
 
 
 def _is_first_process() -> bool:
@@ -146,6 +149,8 @@ def _is_first_process() -> bool:
 
 def _to_resume(args: argparse.Namespace) -> str:
     """The command that goes on."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        return "the same command and --resume"
     words = ["fam", "train", args.recipe, *args.changes]
     if args.output is not None:
         words += ["--output", args.output]
@@ -175,6 +180,9 @@ def _dry_run(recipe: Recipe) -> int:
     if not found:
         raise UserError("The recipe has no data; give data.sources.0.path=FILE.")
     print(report.facts(found), end="\n\n")
+    from transformerfam.training import places
+
+    places.check(recipe)
     print(_sample(recipe))
     if not recipe.run.output:
         print("The recipe has no run.output yet; name a folder with --output.", file=sys.stderr)
@@ -194,15 +202,27 @@ def _described(source: SourceSettings) -> str:
 
 
 def _sample(recipe: Recipe) -> str:
-    """The first example that would be drawn, decoded."""
-    from transformerfam.training.inputs import open_source
+    """What the first row of the batch would read first, decoded; and what turned out to be of no use."""
+    from transformerfam.data.rows import left_out
+    from transformerfam.training.inputs import open_probes, open_source, row_readers
 
     tokenizer = _tokenizer(recipe.model.base)
-    example = open_source(recipe, tokenizer).draw(0)
-    learned = [i for i, weight in zip(example.ids, example.weights, strict=True) if weight > 0]
+    open_probes(recipe, tokenizer)
+    source = open_source(recipe, tokenizer)
+    readers = row_readers(recipe, source, tokenizer)
+    pieces = [reader.next() for reader in readers[:_TRIED_ROWS]]
+    first, most = pieces[0], max(pieces[0].weights, default=0.0)
+    ids = [*first.inputs, *first.targets[-1:]]
+    told = list(zip(first.targets, first.weights, strict=True))
+    learned = [i for i, weight in told if weight and weight == most]
+    less = sum(0 < weight < most for _, weight in told)
+    also = f", {less:,} more with less weight" if less else ""
+    count, reasons = left_out(source, readers)
+    remark = f"left out so far: {'; '.join(reasons)}\n" if count else ""
     return (
-        f"first example: {len(example.ids):,} tokens, {len(learned):,} of them learned\n"
-        f"  text     {_cut(tokenizer.decode(list(example.ids)))}\n"
+        f"{remark}first of {len(readers):,} rows: {len(ids):,} tokens, {len(learned):,} of them "
+        f"learned{also}\n"
+        f"  text     {_cut(tokenizer.decode(ids))}\n"
         f"  learned  {_cut(tokenizer.decode(learned))}"
     )
 

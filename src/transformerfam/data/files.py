@@ -70,6 +70,9 @@ class Rows:
         files: where they are.
         bad: rows that were found to be bad already, and are not among those of `files`.
         refuse: a bad row that is found later is an error.
+
+    Attributes:
+        late: those among `bad` that were found when they were drawn.
     """
 
     def __init__(
@@ -77,6 +80,7 @@ class Rows:
     ) -> None:
         self.name = name
         self.bad = bad
+        self.late = BadRows()
         self._files = [file for file in files if len(file)]
         self._ends = list(itertools.accumulate(map(len, self._files)))
         self._refuse = refuse
@@ -105,7 +109,8 @@ class Rows:
             raise _refusal(self.places(index), reason)
         if index not in self._found:
             self._found.add(index)
-            self.bad.add(self.places(index), reason)
+            for kept in (self.bad, self.late):
+                kept.add(self.places(index), reason)
 
     def _find(self, index: int) -> tuple[RowFile, int]:
         if not 0 <= index < len(self):

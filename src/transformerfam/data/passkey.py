@@ -117,6 +117,11 @@ class PasskeyTexts:
         self._filler = Haystack(self._encoder, filler, number, kind)
         self._in_order = tuple([filler] if isinstance(filler, str) else filler) == DEFAULT_SENTENCES
 
+    @property
+    def bare_length(self) -> int:
+        """Tokens of a text without filler, to within a token or two a key."""
+        return len(self.sample(random.Random(0), 0).example.ids)
+
     def draw(self, number: int) -> Example:
         """The `number`-th example, a pure function of seed and number."""
         return self.example(random.Random(f"{self.seed}/passkey/{number}"))

@@ -117,6 +117,11 @@ class Mixture:
         source, rank = self._plan(cycle)[step]
         return source, cycle * self._counts[source] + rank
 
+    @property
+    def sources(self) -> list[Source]:
+        """What is drawn from."""
+        return self._sources
+
     def _plan_of(self, cycle: int) -> list[tuple[int, int]]:
         order = [source for source, count in enumerate(self._counts) for _ in range(count)]
         random.Random(f"{self._seed}/mixture/{cycle}").shuffle(order)
@@ -126,6 +131,17 @@ class Mixture:
             plan.append((source, seen[source]))
             seen[source] += 1
         return plan
+
+
+def left_out(source: Source, readers: Sequence[RowReader]) -> tuple[int, list[str]]:
+    """Examples that were of no use when they were drawn: how many, and why the first few were."""
+    sources = source.sources if isinstance(source, Mixture) else [source]
+    late = [s.rows.late for s in sources if isinstance(s, FileSource)]
+    reasons = [reason for bad in late for reason in bad.examples]
+    skipped = sum(reader.skipped for reader in readers)
+    if skipped:
+        reasons.append(f"{skipped:,} too short, or too long for data.length")
+    return skipped + sum(bad.count for bad in late), reasons
 
 
 def _apportion(shares: Sequence[float], draws: int) -> list[int]:

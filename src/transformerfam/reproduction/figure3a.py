@@ -14,7 +14,7 @@ from typing import Any, Literal
 from transformerfam.reproduction.runs import Result, Run
 
 Where = Literal["start", "anywhere", "late"]
-LENGTHS = (2, 4, 8, 16, 32, 64, 128, 200, 300, 512, 1024)  # blocks
+LENGTHS = (2, 3, 4, 8, 16, 32, 64, 150, 300, 600, 1024)  # blocks
 KEYS_ASKED = 32
 
 
@@ -46,12 +46,14 @@ class Variant:
         fam: its geometry.
         feedback: how it is trained.
         optimizer: settings in which it differs from its part.
+        steps: of training; 0: those of its part.
     """
 
     name: str
     fam: Mapping[str, Any]
     feedback: Mapping[str, Any] = field(default_factory=dict)
     optimizer: Mapping[str, Any] = field(default_factory=dict)
+    steps: int = 0
 
 
 @dataclass(frozen=True)
@@ -91,7 +93,7 @@ def _windows(segments: int, **more: Any) -> dict[str, Any]:
 
 _FAM = {"memory_segments": 0, "fam_length": 8}
 _SMALL = {"memory_segments": 0, "fam_length": 4}
-_PASSING = {"state_passing": 0.5, "state_passing_delay": 1500}
+_PASSING = {"state_passing": 0.5, "state_passing_delay": 1000}
 
 PARTS = (
     Part(
@@ -103,12 +105,14 @@ PARTS = (
             Variant("M2", _windows(2)),
             Variant("M4", _windows(4)),
             Variant("FAM, decay 0.3", {**_FAM, "feedback_norm": "rms"}),
-            Variant("FAM", {**_FAM, "feedback_norm": "rms"}, optimizer={"weight_decay": 3.0}),
+            Variant(
+                "FAM", {**_FAM, "feedback_norm": "rms"}, optimizer={"weight_decay": 3.0}, steps=2000
+            ),
         ),
         trained=((1, "start"),),
         asked=((1, "start"),),
         steps=1000,
-        lengths=((0.0, 4),),
+        lengths=((0.0, 3),),
         shape=Shape(width=64, layers=2, block=16, digits=2, rows=32),
         # A decay of 3 keeps logits small and the loss from ending at 0: what is written has to stand
         # out of all else that is in FAM, and then it stands long. Windows learn nothing with it.
@@ -124,7 +128,7 @@ PARTS = (
         ),
         trained=((1, "anywhere"), (3, "anywhere")),
         asked=((1, "late"), (1, "start"), (3, "late"), (3, "start")),
-        steps=3000,
+        steps=2000,
         lengths=((0.0, 6),),
         shape=Shape(width=64, layers=2, block=16, digits=2, rows=32),
         optimizer={"learning_rate": 2e-3, "weight_decay": 0.3, "schedule": "cosine"},
@@ -146,7 +150,7 @@ def plan(
             "part": p.name,
             "variant": variant.name,
             "seed": seed,
-            "steps": p.steps if steps is None else steps,
+            "steps": steps or variant.steps or p.steps,
             "lengths": list(lengths),
             # A result is kept for these settings, and for no others.
             "settings": {

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from transformerfam.errors import UserError
-from transformerfam.files import whole_file
+from transformerfam.files import append_line
 
 Run = dict[str, Any]
 Result = dict[str, Any]
@@ -53,12 +53,13 @@ def results_of(
         try:
             for future in as_completed(futures):
                 run, result = futures[future], future.result()
-                kept[_key(run)] = result
-                _write(file, kept)
+                append_line(file, json.dumps({"run": run, "result": result}))
                 yield run, result, False
         except BaseException:
+            # Before the pool is shut down, which forgets its processes.
+            processes = list((getattr(pool, "_processes", None) or {}).values())
             pool.shutdown(wait=False, cancel_futures=True)
-            for process in list(getattr(pool, "_processes", {}).values()):
+            for process in processes:
                 process.terminate()
             raise
 
@@ -79,17 +80,16 @@ def read_results(file: Path) -> dict[str, Result]:
     """Key of a run -> its result."""
     if not file.exists():
         return {}
-    try:
-        lines = [json.loads(line) for line in file.read_text().splitlines()]
-        return {_key(line["run"]): line["result"] for line in lines}
-    except (OSError, ValueError, KeyError, TypeError):
-        raise UserError(f"{file} is no file of results; move it away to begin anew.") from None
-
-
-def _write(file: Path, kept: dict[str, Result]) -> None:
-    lines = [json.dumps({"run": json.loads(k), "result": r}) for k, r in sorted(kept.items())]
-    with whole_file(file) as beside:
-        beside.write_text("\n".join(lines) + "\n")
+    kept, lines = {}, file.read_text(encoding="utf-8").splitlines()
+    for line in lines:
+        try:
+            read = json.loads(line)
+            kept[_key(read["run"])] = read["result"]
+        except (ValueError, KeyError, TypeError):
+            continue  # cut short when its writer was killed
+    if lines and not kept:
+        raise UserError(f"{file} is no file of results; move it away to begin anew.")
+    return kept
 
 
 def _key(run: Run) -> str:

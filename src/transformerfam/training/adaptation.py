@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from transformerfam.conversion import initialise_prompt, is_transformerfam
 from transformerfam.embedded import quiet
 from transformerfam.errors import UserError
 from transformerfam.extras import require
-from transformerfam.models import ADAPTER_FAM_CONFIG, is_trained, load
+from transformerfam.models import ADAPTER_FAM_CONFIG, is_trained, load, put_adapter
 from transformerfam.training.recipe import Recipe
 from transformerfam.training.settings import TrainSettings
 
@@ -72,18 +72,13 @@ def adapt(model: Any, settings: TrainSettings, seed: int, *, adapter: str = "") 
 def _with_adapter(model: Any, settings: TrainSettings, adapter: str) -> Any:
     peft = require("peft", "train")
     if adapter:
-        try:
-            return peft.PeftModel.from_pretrained(model, adapter, is_trainable=True)
-        except Exception as error:  # missing files, other shapes, other layers
-            reason = str(error).partition("\n")[0]
-            raise UserError(
-                f"The adapter {adapter} cannot be put on this model ({reason})."
-            ) from error
+        return _go_on_from(adapter, model, settings)
     targets: Any = settings.targets[0] if len(settings.targets) == 1 else list(settings.targets)
     if settings.what == "prompt":
         targets = _NO_MATRICES
     elif targets != "all-linear":
         targets = [targets] if isinstance(targets, str) else targets
+    _check_ties(model, settings.targets)
     config = peft.LoraConfig(
         r=settings.rank,
         lora_alpha=settings.alpha,
@@ -99,6 +94,28 @@ def _with_adapter(model: Any, settings: TrainSettings, adapter: str) -> Any:
             f"LoRA finds no matrices called {', '.join(settings.targets)} in this model; see "
             "train.targets."
         ) from error
+
+
+def _go_on_from(adapter: str, model: Any, settings: TrainSettings) -> Any:
+    """`model` with an adapter of it, which is trained on."""
+    adapted = put_adapter(model, adapter, trainable=True)
+    if settings.what == "prompt":
+        for name, parameter in adapted.named_parameters():
+            parameter.requires_grad_(parameter.requires_grad and _PROMPT in name)
+    return adapted
+
+
+def _check_ties(model: Any, targets: Sequence[str]) -> None:
+    """Refuse to change a matrix that is used in two places: merged, it would change in both."""
+    if not getattr(model.config, "tie_word_embeddings", False):
+        return
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    names = {name.rpartition(".")[2] for name, module in model.named_modules() if module in ends}
+    if names & {target.rpartition(".")[2] for target in targets}:
+        raise UserError(
+            "This model reads and speaks with the same embeddings, which LoRA would change in one of "
+            "both places; leave embed_tokens and lm_head out of train.targets."
+        )
 
 
 def base_of(model: Any) -> Any:
@@ -151,9 +168,6 @@ def whole_files(folder: Path) -> Iterator[Path]:
     try:
         yield beside
         for file in sorted(beside.iterdir()):
-            target = folder / file.name
-            if target.is_dir():
-                shutil.rmtree(target)
-            file.replace(target)
+            file.replace(folder / file.name)
     finally:
         shutil.rmtree(beside, ignore_errors=True)

@@ -35,8 +35,9 @@ def model_card(recipe: Recipe, results: Mapping[str, Any], facts: Mapping[str, A
     Args:
         recipe: what was done.
         results: what the probes measured at the end: name of the probe -> names and numbers.
-        facts: what else is known of the run: `seconds`, `steps`, `tokens`, `processes`, in numbers,
-            and `versions`, package -> version, by default those that are installed. None is needed.
+        facts: what else is known of the run: `seconds`, `steps`, `tokens`, `processes`, `left_out`,
+            in numbers, and `versions`, package -> version, by default those that are installed. None
+            is needed.
 
     Returns:
         YAML front matter for the hub, then Markdown.
@@ -139,6 +140,8 @@ def _training(recipe: Recipe, facts: Mapping[str, Any]) -> str:
         rows.append(("tokens read", f"{facts['tokens']:,}"))
     if "seconds" in facts:
         rows.append(("duration", report.duration(facts["seconds"])))
+    if facts.get("left_out"):
+        rows.append(("examples left out", f"{facts['left_out']:,}"))
     if facts.get("processes", 1) > 1:
         rows.append(("processes", str(facts["processes"])))
     rows.append(("seed", str(recipe.run.seed)))

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import (
@@ -26,6 +27,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from transformerfam.errors import UserError
+from transformerfam.files import sync_folder
 from transformerfam.memory import LAYER_TENSORS, LayerMemory, Memory
 from transformerfam.training.steps import Carried
 
@@ -119,8 +121,10 @@ class Checkpoints:
             (beside / name).write_text(json.dumps(places))
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
+            sync_folder(beside)
             shutil.rmtree(target, ignore_errors=True)
             beside.rename(target)
+            sync_folder(self.folder)
             for old in _checkpoints_in(self.folder)[: -self.keep]:
                 # By another name first: what is there is there whole.
                 shutil.rmtree(old.rename(self.folder / f".{old.name}.old"))
@@ -133,8 +137,23 @@ class Checkpoints:
         """Put a checkpoint's weights and optimizer state in place; returns the rest.
 
         Raises:
-            UserError: if the checkpoint is of another number of processes in a way that matters.
+            UserError: if the checkpoint is damaged, or of another number of processes in a way that
+                matters.
         """
+        try:
+            return self._load(path, model, optimizer, base)
+        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+            reason = str(error).partition("\n")[0].rstrip(".")
+            raise UserError(
+                f"The checkpoint {path} is damaged ({reason}); remove it{self._before(path)}."
+            ) from error
+
+    def _before(self, path: Path) -> str:
+        """How to go on without a checkpoint."""
+        older = [found for found in _checkpoints_in(self.folder) if found.name < path.name]
+        return f" to go on from {older[-1].name}" if older else " and begin anew"
+
+    def _load(self, path: Path, model: Any, optimizer: Any, base: Any) -> tuple[Progress, Carried]:
         state = json.loads((path / "state.json").read_text())
         weights: dict[str, Any] = dict(load_file(path / "trained.safetensors"))
         set_model_state_dict(model, weights, options=_SPREAD)
@@ -167,7 +186,12 @@ class Checkpoints:
 
 def recipe_of(path: Path) -> dict[str, Any]:
     """The recipe that a checkpoint was made with."""
-    recipe: dict[str, Any] = json.loads((path / "state.json").read_text())["recipe"]
+    try:
+        recipe: dict[str, Any] = json.loads((path / "state.json").read_text())["recipe"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(
+            f"The checkpoint {path} is damaged; remove it to go on from the one before."
+        ) from None
     return recipe
 
 

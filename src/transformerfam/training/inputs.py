@@ -92,7 +92,7 @@ def open_probes(recipe: Recipe, tokenizer: Any) -> list[Probe]:
         names = [_short_name(rows, i) for i in range(count)]
         if len(set(names)) < count:  # files of one name in several folders
             names = [rows.places(i) for i in range(count)]
-        texts = {name: from_row(tokenizer, rows[i]) for i, name in enumerate(names)}
+        texts = {name: _heldout(tokenizer, rows, i) for i, name in enumerate(names)}
         limit = settings.heldout_tokens
         cut = {name: Example(e.ids[:limit], e.weights[:limit]) for name, e in texts.items()}
         for name, example in cut.items():
@@ -108,10 +108,19 @@ def open_probes(recipe: Recipe, tokenizer: Any) -> list[Probe]:
             where=settings.passkey_where,
             filler=_filler(settings.passkey_filler),
         )
+        _check_room(texts_made, "probes.passkey_lengths")
         probes.append(
             Passkey(texts_made, settings.passkey_lengths, settings.passkey_samples, recipe.run.seed)
         )
     return probes
+
+
+def _heldout(tokenizer: Any, rows: Rows, index: int) -> Example:
+    """A held-out text: one that cannot be used is refused, since all runs shall measure the same."""
+    try:
+        return from_row(tokenizer, rows[index])
+    except BadRow as bad:
+        raise UserError(f"{rows.places(index)} cannot be used: {bad.reason}.") from None
 
 
 def _source(
@@ -142,7 +151,17 @@ def _source(
         filler_weight=settings.filler_weight,
         seed=seed,
     )
+    _check_room(texts, f"data.sources.{place}.lengths")
     return PasskeySource(texts, recipe.data.batch_size)
+
+
+def _check_room(texts: PasskeyTexts, key: str) -> None:
+    """Texts that are longer than they are called would be measured under a wrong name."""
+    if min(texts.lengths) < texts.bare_length:
+        raise UserError(
+            f"{key} has {min(texts.lengths):,}, but such a PassKey text takes {texts.bare_length:,} "
+            "tokens without any filler."
+        )
 
 
 def _filler(path: str) -> Sequence[str]:

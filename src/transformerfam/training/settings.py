@@ -143,11 +143,13 @@ class FeedbackSettings:
     )
     position_offset_limit: float = _setting(62831.853, "largest offset; the paper's is 2π·10000")
     bias_start: float = _setting(
-        0.0,
+        -8.0,
         "added to the scores of FAM keys in the first step; very negative: the model begins as the "
         "same windows without feedback",
     )
-    bias_steps: int = _setting(0, "steps in which that rises to the `fam_bias` of [fam], 0 mostly")
+    bias_steps: int = _setting(
+        50, "steps in which that rises to the `fam_bias` of [fam], 0 mostly; 0: it is there at once"
+    )
 
 
 @dataclass(frozen=True)

@@ -9,16 +9,16 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from transformerfam import report
-from transformerfam.data.rows import Source
+from transformerfam.data.rows import Source, left_out
 from transformerfam.errors import UserError
 from transformerfam.extras import require
-from transformerfam.training import adaptation, journal
+from transformerfam.training import adaptation, places
 from transformerfam.training.batches import Batch
 from transformerfam.training.card import model_card
 from transformerfam.training.checkpoint import Checkpoints, Progress, recipe_of
@@ -29,7 +29,6 @@ from transformerfam.training.probes import Probe
 from transformerfam.training.recipe import Recipe
 from transformerfam.training.steps import Stepper, bias_at
 
-CHECKPOINTS = "checkpoints"
 # A run that goes on may be longer or slower, but it trains the same thing on the same data.
 _FIXED_SECTIONS = ("model", "fam", "train", "data", "feedback")
 _FIXED_SETTINGS = (("run", "seed"), ("optimizer", "name"))
@@ -79,7 +78,11 @@ def train(
         UserError: for a recipe, data or folder that cannot be used, each with what to do.
         TrainingStopped: if loss or gradients are not finite, or explode.
     """
+    recipe = places.with_full_paths(recipe)
+    places.check(recipe)
     accelerator = make_accelerator(recipe)
+    # The first process may write to the folder as soon as it can: all look before.
+    accelerator.wait_for_everyone()
     model, tokenizer = adaptation.load_for_training(recipe)
     note = report.Progress(quiet=quiet).note
     trainer = Trainer(
@@ -101,7 +104,11 @@ def make_accelerator(recipe: Recipe) -> Any:
     state = accelerate.state.AcceleratorState
     if state._shared_state and state().mixed_precision != precision:
         state._reset_state()  # of a run before this one in the same process
-    accelerator = accelerate.Accelerator(mixed_precision=precision)
+    # Gradients are added up here, whatever a launcher's environment says of it.
+    once = accelerate.utils.GradientAccumulationPlugin(num_steps=1)
+    accelerator = accelerate.Accelerator(
+        mixed_precision=precision, gradient_accumulation_plugin=once
+    )
     started = int(os.environ.get("WORLD_SIZE", "1"))
     if accelerator.num_processes != started:
         # They would all write to the same folder.
@@ -143,7 +150,9 @@ class Trainer:
         self.accelerator = accelerator or make_accelerator(recipe)
         self.folder = Path(recipe.run.output) if recipe.run.output else None
         self.base = adaptation.base_of(model)
+        self.source = source
         self.readers = self._own(row_readers(recipe, source, tokenizer))
+        self._told_of_left_out = False
         self._micro = self.recipe.data.micro_batch_size or len(self.readers)
         if recipe.run.activation_checkpointing:
             _checkpoint_activations(self.base)
@@ -155,7 +164,9 @@ class Trainer:
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
         self.stepper = Stepper(self.accelerator, self.model, self.base, recipe)
         self.checkpoints = Checkpoints(
-            (self.folder or Path()) / CHECKPOINTS, recipe.run.keep_checkpoints, self.accelerator
+            (self.folder or Path()) / places.CHECKPOINTS,
+            recipe.run.keep_checkpoints,
+            self.accelerator,
         )
         self.start = Progress(0, [], 0, 0.0)
 
@@ -182,6 +193,7 @@ class Trainer:
             for step in range(self.start.step, run.steps):
                 loss, read = self._step(step, kept)
                 trained.losses.append(loss)
+                self._tell_what_is_left_out(kept)
                 trained.steps = step + 1
                 tokens += read
                 every = self.recipe.probes.every
@@ -229,14 +241,25 @@ class Trainer:
                 grad_norm=norm,
                 tokens=tokens,
                 seconds=time.monotonic() - began,
-                fam_bias=bias_at(step, self.recipe) if self.recipe.feedback.bias_steps else None,
+                fam_bias=bias_at(step, self.recipe) if self._bias_rises else None,
             )
         return loss, tokens
+
+    @property
+    def _bias_rises(self) -> bool:
+        return self.recipe.fam.has_feedback and self.recipe.feedback.bias_steps > 0
 
     def _batches(self) -> list[Batch]:
         pieces = [reader.next() for reader in self.readers]
         size = self._micro
         return [Batch.of(pieces[i : i + size]) for i in range(0, len(pieces), size)]
+
+    def _tell_what_is_left_out(self, kept: Journal) -> None:
+        """Once, when the first examples turn out to be of no use."""
+        count, reasons = left_out(self.source, self.readers)
+        if count and not self._told_of_left_out:
+            self._told_of_left_out = True
+            kept.progress.note(f"examples are left out: {'; '.join(reasons)}")
 
     def _clipped_norm(self) -> float:
         limit = self.recipe.optimizer.max_grad_norm or math.inf
@@ -284,27 +307,24 @@ class Trainer:
         """Go on from the newest checkpoint, if there is one and it is wanted."""
         latest = self.checkpoints.latest() if self.folder is not None else None
         if latest is None:
+            if self.folder is not None and places.holds_a_run(self.folder):
+                raise UserError(
+                    f"{self.folder} holds a run without a checkpoint to go on from; remove the folder, "
+                    "or take another with --output, and leave --resume out."
+                )
             if resume:
                 raise UserError(f"There is no checkpoint in {self.folder}; leave --resume out.")
-            if self.folder is not None and (self.folder / journal.FILE).exists():
-                raise UserError(
-                    f"{self.folder} holds a run without checkpoints; remove it, or take another folder "
-                    "with --output."
-                )
             return
         if not resume:
             raise UserError(
                 f"{self.folder} holds a run that can be gone on with: add --resume, or choose another "
                 "folder with --output."
             )
-        ours, theirs = self.recipe.to_dict(), recipe_of(latest)
-        fixed = [(section, key) for section in _FIXED_SECTIONS for key in ours[section]]
-        for section, key in (*fixed, *_FIXED_SETTINGS):
-            if theirs[section].get(key) != ours[section][key]:
-                raise UserError(
-                    f"The run in {self.folder} was begun with another {section}.{key}; a run can only "
-                    "go on as it was begun. Choose another folder with --output."
-                )
+        if (key := _changed_setting(self.recipe.to_dict(), recipe_of(latest))) is not None:
+            raise UserError(
+                f"The run in {self.folder} was begun with another {key}; a run can only go on as it "
+                "was begun. Choose another folder with --output."
+            )
         self.start, self.stepper.carried = self.checkpoints.load(
             latest, self.model, self.optimizer.optimizer, self.base
         )
@@ -330,6 +350,7 @@ class Trainer:
             return
         if self.start.step < trained.steps and self.recipe.run.checkpoint_every:
             self._checkpoint(Progress(trained.steps, self._rows(), tokens, seconds))
+        left = round(self._sum(left_out(self.source, self.readers)[0]))
         state = None
         if self.accelerator.num_processes > 1:
             state = self.accelerator.get_state_dict(self.model)
@@ -339,6 +360,7 @@ class Trainer:
                 "tokens": tokens,
                 "steps": trained.steps,
                 "processes": self.accelerator.num_processes,
+                "left_out": left,
             }
             card = model_card(self.recipe, trained.results, facts)
             config = self.base.fam_config
@@ -375,6 +397,19 @@ class Trainer:
 
     def _any_process(self, flag: bool) -> bool:
         return self._sum(float(flag)) > 0
+
+
+def _changed_setting(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> str | None:
+    """A setting that must stay as the run was begun and has not; None: all have."""
+    # A setting that is not set is not there.
+    fixed = [(s, key) for s in _FIXED_SECTIONS for key in {**ours[s], **theirs[s]}]
+    fixed += _FIXED_SETTINGS
+    if ours["data"]["layout"] == "documents":
+        fixed.append(("run", "precision"))  # carried memories are of that type
+    for section, key in fixed:
+        if theirs[section].get(key) != ours[section].get(key):
+            return f"{section}.{key}"
+    return None
 
 
 def _checkpoint_activations(base: Any) -> None:
