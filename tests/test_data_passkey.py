@@ -16,6 +16,7 @@ from tokenizers import decoders
 from tokenizers.processors import TemplateProcessing
 
 from transformerfam.data.examples import Example
+from transformerfam.data.haystack import sentences_of
 from transformerfam.data.passkey import (
     DEFAULT_SENTENCES,
     INTRODUCTION,
@@ -23,7 +24,6 @@ from transformerfam.data.passkey import (
     PasskeySample,
     PasskeyTexts,
 )
-from transformerfam.data.haystack import sentences_of
 from transformerfam.errors import UserError
 from transformerfam.text import Encoder
 

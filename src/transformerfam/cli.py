@@ -29,6 +29,7 @@ _ORDER = (
     "chat",
     "train",
     "merge",
+    "eval",
     "info",
     "masks",
     "demo",

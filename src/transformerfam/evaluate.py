@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import platform
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,7 +24,7 @@ from transformerfam import __version__
 from transformerfam.config import FamConfig
 from transformerfam.conversion import twin
 from transformerfam.errors import UserError
-from transformerfam.files import whole_file
+from transformerfam.files import append_line, whole_file
 from transformerfam.memory_file import fingerprint
 from transformerfam.tasks.cases import Case
 
@@ -149,15 +148,11 @@ class Results:
             merged = {**about, "readers": {**kept.get("readers", {}), **about["readers"]}}
             with whole_file(folder / _ABOUT) as beside:
                 beside.write_text(json.dumps(merged, indent=2) + "\n")
-        _drop_broken_line(self._file)
         self.done = {line["key"] for line in read_results(folder)[1]}
 
     def add(self, ask: Ask, line: Line) -> None:
         """Keep one answer; it is on the disk when this returns."""
-        with self._file.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"key": ask.key, **line}, ensure_ascii=False) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        append_line(self._file, json.dumps({"key": ask.key, **line}))
 
 
 def evaluate(asks: Sequence[Ask], results: Results) -> Iterator[tuple[Ask, Line]]:
@@ -198,20 +193,19 @@ def read_results(folder: Path) -> tuple[dict[str, Any], list[Line]]:
     """What a results folder is about, and its lines, of all processes, each question once.
 
     Raises:
-        UserError: if it holds no results, or lines that are none.
+        UserError: if it holds no results.
     """
     about = _read_about(folder)
     if not about:
         raise UserError(f"The folder {folder} holds no results: it has no {_ABOUT}.")
     lines: dict[str, Line] = {}
     for file in sorted(folder.glob("results-*.jsonl")):
-        whole = file.read_text(encoding="utf-8").rpartition("\n")[0]
-        for number, text in enumerate(whole.splitlines(), 1):
+        for text in file.read_text(encoding="utf-8").splitlines():
             try:
                 line = json.loads(text)
                 lines[line["key"]] = line
             except (ValueError, KeyError, TypeError):
-                raise UserError(f"{file}:{number} is no line of results.") from None
+                continue  # cut short when its writer was killed
     return about, list(lines.values())
 
 
@@ -263,16 +257,6 @@ def _check_same(folder: Path, ours: Mapping[str, Any], theirs: Mapping[str, Any]
         )
 
 
-def _drop_broken_line(file: Path) -> None:
-    """The end of a file whose writer was killed in the middle of a line."""
-    if not file.exists():
-        return
-    data = file.read_bytes()
-    if data and not data.endswith(b"\n"):
-        with whole_file(file) as beside:
-            beside.write_bytes(data[: data.rfind(b"\n") + 1])
-
-
 # ---- sums
 
 
@@ -310,10 +294,18 @@ def summarise(lines: Sequence[Line], metric: str) -> Summary | None:
     return Summary(mean, math.sqrt(spread * n / (n - 1)) / total, n)
 
 
-def grouped(lines: Sequence[Line]) -> dict[tuple[str, str], dict[str, list[Line]]]:
-    """(task, setting as JSON) -> reader -> lines, in the order in which they came."""
-    found: dict[tuple[str, str], dict[str, list[Line]]] = {}
+CaseKey = tuple[str, int, str]
+
+
+def case_key(case: Case) -> CaseKey:
+    """(task, version, setting as JSON), by which lines are grouped."""
+    return case.task, case.version, json.dumps(case.setting, sort_keys=True)
+
+
+def grouped(lines: Sequence[Line]) -> dict[CaseKey, dict[str, list[Line]]]:
+    """Case -> reader -> lines, in the order in which they came."""
+    found: dict[CaseKey, dict[str, list[Line]]] = {}
     for line in lines:
-        case = (line["task"], json.dumps(line["setting"], sort_keys=True))
+        case = (line["task"], line["version"], json.dumps(line["setting"], sort_keys=True))
         found.setdefault(case, {}).setdefault(line["reader"], []).append(line)
     return found

@@ -18,6 +18,7 @@ import string
 from collections.abc import Sequence
 from functools import partial
 
+from transformerfam.errors import UserError
 from transformerfam.tasks.cases import Case, Wanted
 from transformerfam.tasks.questions import Metrics, Say
 from transformerfam.text import start_tokens
@@ -153,4 +154,7 @@ def _common_words(wanted: Wanted, rng: random.Random, length: int) -> tuple[list
     # As many other words as there is room for.
     room = length - len(start) - len(end)
     count = bisect.bisect_right(range(len(others) + 1), room, key=lambda n: len(listed(n))) - 1
-    return [*start, *listed(max(0, count)), *end], common
+    if count < 0:
+        least = len(start) + len(listed(0)) + len(end) + MOST_NEW_TOKENS["cwe"]
+        raise UserError(f"The common words of ruler-cwe alone take {least:,} tokens; ask at more.")
+    return [*start, *listed(count), *end], common
