@@ -13,6 +13,7 @@ from command_line import Run, refused
 from families import some_tokens, tiny
 
 from transformerfam import FamConfig, convert, evaluate
+from transformerfam.commands.plot import panels_of
 from transformerfam.errors import UserError
 from transformerfam.tasks.cases import Case
 from transformerfam.tasks.questions import Recite
@@ -159,3 +160,52 @@ def test_what_cannot_be_asked_is_refused(
 ) -> None:
     output = ["--output", str(tmp_path / "out"), "--quiet"]
     refused(fam("eval", folder, *output, *words), said)
+
+
+# ---- the figure
+
+
+def result(length: int, value: float, reader: str = "model", number: int = 0) -> dict[str, Any]:
+    return {
+        "key": f"{reader}|{length}|{number}",
+        "reader": reader,
+        "task": "passkey",
+        "version": 1,
+        "setting": {"length": length},
+        "metric": "exact",
+        "metrics": {"exact": value},
+    }
+
+
+def test_a_figure_has_a_panel_a_task_and_a_curve_a_reader() -> None:
+    lines = [result(n, float(n < 300), number=i) for n in (100, 200, 400) for i in range(2)]
+    lines.append({**result(400, 0.0, "full"), "skipped": "long"})
+    del lines[-1]["metrics"]
+    lines.append(result(100, 1.0, "full"))
+    panels = panels_of(lines)
+    (curves,) = panels.values()
+    assert [(c.name, list(c.x), list(c.y)) for c in curves] == [
+        ("model", [100, 200, 400], [1.0, 1.0, 0.0]),
+        ("full", [100], [1.0]),
+    ]
+    followed = {
+        **result(0, 0.0),
+        "setting": {"data": "x"},
+        "metrics": {"edges": [0, 1024], "scored": [10, 10], "right": [5, 10], "nats": [1, 1]},
+    }
+    (documents,) = panels_of([followed, followed]).values()
+    assert (list(documents[0].x), list(documents[0].y)) == ([512, 1536], [0.5, 1.0])
+
+
+def test_the_command_draws_what_was_found(
+    fam: Run, model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    refused(fam("plot"), "holds no results")
+    evaluate.Results(tmp_path / "eval", evaluate.readers(model, ["model"], full_limit=None), seed=0)
+    refused(fam("plot"), "nothing to draw")
+    lines = [json.dumps(result(n, 1.0)) for n in (100, 200)]
+    (tmp_path / "eval" / "results-000.jsonl").write_text("\n".join(lines) + "\n")
+    refused(fam("plot", "--tasks", "recall"), "no results of recall")
+    assert fam("plot", "--out", "a.png") == (0, "wrote a.png\n", "")
+    assert (tmp_path / "a.png").read_bytes()[:4] == b"\x89PNG"

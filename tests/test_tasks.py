@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
+from command_line import Run
 from test_text import PROSE, TOKENIZERS
 
 from transformerfam.errors import UserError
-from transformerfam.tasks import TASKS, Wanted, babilong, longqa
+from transformerfam.tasks import TASKS, Task, Wanted, babilong, longqa
 from transformerfam.tasks.cases import Case
 from transformerfam.tasks.questions import Choose, Follow, Recite, Say
 
@@ -87,7 +89,7 @@ def test_variables_are_a_chain_of_one_value() -> None:
     value = shown.partition(f"VAR {names[0]} = ")[2][:5]
     assert value.isdigit() and len(names) == 5
     places = [shown.index(f"VAR {names[0]} = {value}")]
-    places += [shown.index(f"VAR {b} = VAR {a}") for a, b in zip(names, names[1:], strict=False)]
+    places += [shown.index(f"VAR {b} = VAR {a}") for a, b in pairwise(names)]
     assert places == sorted(places)
 
 
@@ -224,3 +226,31 @@ def test_rows_that_are_something_else_are_refused(tmp_path: Path) -> None:
     file.write_text("no json\n")
     with pytest.raises(UserError, match=r"rows\.jsonl:1 is not JSON"):
         only("qasper", data={"qasper": str(file)})
+
+
+# ---- the list
+
+
+def test_a_new_task_is_a_function_and_a_line(
+    fam: Run, folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As docs/evaluation.md says."""
+
+    def cases(wanted: Wanted) -> list[Case]:
+        def make(number: int) -> Recite:
+            ids = wanted.encoder.encode("so it goes on", first=True)
+            return Recite(ids[:-1], ids[-1:], {"draw": wanted.rng("dummy", number).random()})
+
+        return [Case("dummy", 1, {"length": 5}, wanted.samples, make, "exact")]
+
+    monkeypatch.setitem(TASKS, "dummy", Task(cases, "the end of a sentence", "nothing"))
+    words = ["--tasks", "dummy", "--samples", "2", "--output", str(tmp_path / "out"), "--quiet"]
+    code, shown, err = fam("eval", folder, *words, "--block-size", "16")
+    assert (code, err) == (0, "")
+    assert "dummy 5" in shown
+
+
+def test_the_page_lists_every_task() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "evaluation.md").read_text(encoding="utf-8")
+    for name, task in TASKS.items():
+        assert f"| `{name}` | {task.about} | {task.source} |" in page, "run make docs"

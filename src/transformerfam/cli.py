@@ -30,6 +30,7 @@ _ORDER = (
     "train",
     "merge",
     "eval",
+    "plot",
     "info",
     "masks",
     "demo",

@@ -64,6 +64,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="who is asked: model (as it is), bswa (its windows alone), sinks (its windows with "
         "sinks), full (full attention) (default: %(default)s)",
     )
+    _add_questions(parser)
+    parser.add_argument("--seed", metavar="N", type=options.whole(0), default=0)
+    parser.add_argument(
+        "--output", metavar="FOLDER", default="eval", help="results folder (default: %(default)s)"
+    )
+    options.add_quiet(parser)
+    group = parser.add_argument_group("model")
+    options.add_model_details(group)
+    options.add_geometry(parser)
+    parser.set_defaults(load=None)
+
+
+def _add_questions(parser: argparse.ArgumentParser) -> None:
+    """How many questions, how long, about what."""
     parser.add_argument(
         "--lengths",
         metavar="TOKENS,...",
@@ -100,15 +114,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=options.whole(1),
         help="longest text for full attention (default: what the model was trained for)",
     )
-    parser.add_argument("--seed", metavar="N", type=options.whole(0), default=0)
-    parser.add_argument(
-        "--output", metavar="FOLDER", default="eval", help="results folder (default: %(default)s)"
-    )
-    options.add_quiet(parser)
-    group = parser.add_argument_group("model")
-    options.add_model_details(group)
-    options.add_geometry(parser)
-    parser.set_defaults(load=None)
 
 
 def run(args: argparse.Namespace) -> int:
