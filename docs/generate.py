@@ -1,4 +1,4 @@
-"""Write the generated pages: docs/cli.md, and parts of docs/families.md and docs/recipes.md.
+"""Write the generated pages: docs/cli.md, and parts of families.md, recipes.md and evaluation.md.
 
 Run by `make docs`.
 """
@@ -15,6 +15,7 @@ from families import FAMILIES  # noqa: E402  # the tests' tiny models are the li
 
 from transformerfam import cli  # noqa: E402
 from transformerfam.commands import _settings  # noqa: E402
+from transformerfam.tasks import TASKS  # noqa: E402
 
 
 def family_list() -> str:
@@ -33,6 +34,13 @@ def recipes_page(page: str) -> str:
     return with_part(page, "settings", _settings.as_markdown())
 
 
+def evaluation_page(page: str) -> str:
+    """`page` with its table of tasks brought up to date."""
+    rows = [f"| `{name}` | {task.about} | {task.source} |" for name, task in TASKS.items()]
+    header = ["| task | asks for | after |", "| --- | --- | --- |"]
+    return with_part(page, "tasks", "\n".join([*header, *rows]))
+
+
 def with_part(page: str, name: str, text: str) -> str:
     """`page` with `text` between the marks of `name`.
 
@@ -49,7 +57,12 @@ def with_part(page: str, name: str, text: str) -> str:
 
 def main() -> None:
     """Write all of them."""
-    for name, made in (("families", families_page), ("recipes", recipes_page)):
+    pages = {
+        "families": families_page,
+        "recipes": recipes_page,
+        "evaluation": evaluation_page,
+    }
+    for name, made in pages.items():
         page = DOCS / f"{name}.md"
         page.write_text(made(page.read_text(encoding="utf-8")), encoding="utf-8")
     cli.write_docs(DOCS / "cli.md")

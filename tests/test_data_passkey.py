@@ -16,13 +16,13 @@ from tokenizers import decoders
 from tokenizers.processors import TemplateProcessing
 
 from transformerfam.data.examples import Example
+from transformerfam.data.haystack import sentences_of
 from transformerfam.data.passkey import (
     DEFAULT_SENTENCES,
     INTRODUCTION,
     NAMES,
     PasskeySample,
     PasskeyTexts,
-    sentences_of,
 )
 from transformerfam.errors import UserError
 from transformerfam.text import Encoder

@@ -20,7 +20,7 @@ ORDER = [
     *("attention", "memory", "memory_file", "plan", "indexing", "call", "feedback", "blocks"),
     *("probe", "layer", "modeling", "auto", "conversion", "embedded", "models"),
     *("text", "stream", "turns", "data", "plots", "benchmark"),
-    *("training", "reproduction"),
+    *("tasks", "evaluate", "training", "reproduction"),
     *("commands", "cli", "__main__"),
 ]
 

@@ -16,10 +16,10 @@ from families import tiny
 from test_text import PROSE
 
 from transformerfam import cli, models
-from transformerfam.commands._compare import RangeLosses, twin
+from transformerfam.commands._compare import RangeLosses
 from transformerfam.commands.read import EPILOG
 from transformerfam.config import FamConfig
-from transformerfam.conversion import convert
+from transformerfam.conversion import convert, twin
 from transformerfam.memory import Memory
 from transformerfam.stream import read
 from transformerfam.text import TokenIds

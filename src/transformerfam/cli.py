@@ -29,6 +29,8 @@ _ORDER = (
     "chat",
     "train",
     "merge",
+    "eval",
+    "plot",
     "info",
     "masks",
     "demo",

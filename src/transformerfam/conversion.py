@@ -184,6 +184,12 @@ def reconfigure(
     return model
 
 
+def twin(model: PreTrainedModel, config: FamConfig) -> PreTrainedModel:
+    """A TransformerFAM under another geometry beside the one it has: the weights are shared."""
+    shared = {id(t): t for t in [*model.parameters(), *model.buffers()]}
+    return reconfigure(copy.deepcopy(model, shared), config)
+
+
 def is_transformerfam(model: object) -> bool:
     """Whether `model` was converted."""
     return isinstance(model, FamForCausalLM)

@@ -34,6 +34,7 @@ class Chunk:
         scored: tokens of this chunk that were predicted: all, but for the first of a fresh stream.
         nats: sum of -log p over the scored tokens.
         losses: (scored,) float32 on the CPU, -log p of each scored token in nats.
+        hits: (scored,) bool on the CPU, whether each scored token was the likeliest.
         memory: the memory after this chunk; the next chunk advances the same object.
     """
 
@@ -42,6 +43,7 @@ class Chunk:
     scored: int
     nats: float
     losses: Tensor
+    hits: Tensor
     memory: Memory
 
     @property
@@ -82,16 +84,39 @@ def read(
     while ids := list(islice(source, chunk_length(memory.position[0]))):
         before = memory.next_logits
         logits = _advance(model, ids, memory, keep=0)
-        losses = _losses(logits, ids, before)
+        losses, hits = _scores(logits, ids, before)
         yield Chunk(
             tokens=len(ids),
             position=memory.position[0],
             scored=len(losses),
             nats=float(losses.sum(dtype=torch.float64)),
             losses=losses,
+            hits=hits,
             memory=memory,
         )
-        del logits, losses  # not two chunks at once
+        del logits, losses, hits  # not two chunks at once
+
+
+def absorb(model: Any, tokens: Iterable[int], memory: Memory | None = None) -> Memory:
+    """Read a stream without scoring it, which saves the output head, and return its memory.
+
+    Args:
+        model: a TransformerFAM.
+        tokens: ids of one stream, taken lazily.
+        memory: where the stream stands, one row; advanced in place. None: a fresh stream.
+
+    Returns:
+        `memory`, whose `next_logits` predict what comes next.
+
+    Raises:
+        ValueError: as `read`.
+    """
+    memory = _single_row(model, memory)
+    chunk_length = _chunk_lengths(model, memory, None)
+    source = iter(tokens)
+    while ids := list(islice(source, chunk_length(memory.position[0]))):
+        _advance(model, ids, memory, keep=1)
+    return memory
 
 
 @dataclass(frozen=True)
@@ -170,12 +195,8 @@ def generate(
     Raises:
         ValueError: as `read`; also if there is nothing to continue.
     """
-    memory = _single_row(model, memory)
     choose = (sampling or Sampling()).chooser()
-    chunk_length = _chunk_lengths(model, memory, None)
-    source = iter(tokens)
-    while ids := list(islice(source, chunk_length(memory.position[0]))):
-        _advance(model, ids, memory, keep=1)
+    memory = absorb(model, tokens, memory)
     for _ in range(max_new_tokens):
         if memory.next_logits is None:
             raise ValueError("There is nothing to continue: give at least one token.")
@@ -246,13 +267,16 @@ def _evaluating(model: Any) -> Iterator[None]:
 
 
 @torch.no_grad()
-def _losses(logits: Tensor, ids: list[int], before: Tensor | None) -> Tensor:
-    """(T or T - 1,) -log p of each token under the prediction made just before it."""
+def _scores(logits: Tensor, ids: list[int], before: Tensor | None) -> tuple[Tensor, Tensor]:
+    """(T or T - 1,) of each token: -log p under the prediction before it; was it the likeliest."""
     targets = torch.tensor(ids, device=logits.device)
-    parts = [] if before is None else [cross_entropy(before, targets[:1], reduction="none")]
+    predictions = [] if before is None else [(before, targets[:1])]
     # In slices, or a chunk of half-precision logits would be held twice over in float32.
     for start in range(0, len(ids) - 1, _LOSS_ROWS):
         stop = min(start + _LOSS_ROWS, len(ids) - 1)
-        predicted = logits[start:stop].float()
-        parts.append(cross_entropy(predicted, targets[start + 1 : stop + 1], reduction="none"))
-    return torch.cat(parts).cpu() if parts else torch.zeros(0)
+        predictions.append((logits[start:stop], targets[start + 1 : stop + 1]))
+    if not predictions:
+        return torch.zeros(0), torch.zeros(0, dtype=torch.bool)
+    losses = [cross_entropy(p.float(), t, reduction="none") for p, t in predictions]
+    hits = [p.argmax(-1) == t for p, t in predictions]
+    return torch.cat(losses).cpu(), torch.cat(hits).cpu()

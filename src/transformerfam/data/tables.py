@@ -1,0 +1,78 @@
+"""Rows of any columns, in order, from JSON lines, parquet or the hub: for tasks, which know their own.
+
+What training reads is in `files`, which knows what columns it needs.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from transformerfam.data.files import JSON_LINES
+from transformerfam.errors import UserError
+from transformerfam.extras import require
+
+
+def open_table(
+    path: str | None, *, hub: tuple[str, str | None, str] | None
+) -> Iterator[Mapping[str, Any]]:
+    """Rows of a file or, without one, of a data set of the hub.
+
+    Args:
+        path: a .jsonl or .parquet file.
+        hub: (name, configuration, split).
+
+    Raises:
+        UserError: they cannot be read; for JSON lines with the line, when it is come to.
+    """
+    if path is None:
+        assert hub is not None
+        return _from_hub(*hub)
+    if not Path(path).is_file():
+        raise UserError(f"There is no file {path}.")
+    if Path(path).suffix.lower() in JSON_LINES:
+        return _lines(path)
+    if Path(path).suffix.lower() == ".parquet":
+        return _parquet(path)
+    raise UserError(f"{path} is neither a .jsonl nor a .parquet file.")
+
+
+def _lines(path: str) -> Iterator[Mapping[str, Any]]:
+    with open(path, encoding="utf-8-sig") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise UserError(f"{path}:{number} is not JSON: {error}.") from None
+            if not isinstance(row, dict):
+                raise UserError(f"{path}:{number} is not an object with named columns.")
+            yield row
+
+
+def _parquet(path: str) -> Iterator[Mapping[str, Any]]:
+    datasets = require("datasets", "train")
+    try:
+        table = datasets.Dataset.from_parquet(path)
+    except Exception as error:  # the library's errors are of many classes
+        raise UserError(f"{path} is no parquet file: {_first_line(error)}.") from error
+    yield from table
+
+
+def _from_hub(name: str, configuration: str | None, split: str) -> Iterator[Mapping[str, Any]]:
+    datasets = require("datasets", "train")
+    try:
+        table = datasets.load_dataset(name, configuration, split=split)
+    except Exception as error:
+        raise UserError(
+            f"The data set {name} could not be loaded from the hub ({_first_line(error)}); give a "
+            "file of the same columns with --data."
+        ) from error
+    yield from table
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

@@ -1,0 +1,311 @@
+"""Put tasks to readers of one model, and keep every answer as a line of a file.
+
+A *reader* is the model under a geometry: as it is, or with other windows and the same weights. A
+results folder belongs to one model and one seed; what is in it is not asked again, so an evaluation
+that was stopped goes on where it was. Several processes share the questions, each with a file of its
+own. Prints nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import platform
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from transformerfam import __version__
+from transformerfam.config import FamConfig
+from transformerfam.conversion import twin
+from transformerfam.errors import UserError
+from transformerfam.files import append_line, whole_file
+from transformerfam.memory_file import fingerprint
+from transformerfam.tasks.cases import Case
+
+FORMAT = 1
+_ABOUT, _RESULTS = "about.json", "results-{:03d}.jsonl"
+_SINKS = 4
+
+Line = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Reader:
+    """A model under one geometry.
+
+    Attributes:
+        name: what it is called in results.
+        model: a TransformerFAM.
+        limit: it is not asked about longer streams; None: about all.
+    """
+
+    name: str
+    model: Any
+    limit: int | None = None
+
+    @property
+    def config(self) -> FamConfig:
+        """Its geometry."""
+        config: FamConfig = self.model.fam_config
+        return config
+
+
+READERS = ("model", "bswa", "sinks", "full")
+
+
+def readers(model: Any, names: Sequence[str], *, full_limit: int | None) -> list[Reader]:
+    """Readers of the same weights by name.
+
+    Args:
+        model: a TransformerFAM.
+        names: `model`: as it is. `bswa`: its windows, no feedback, no sinks. `sinks`: its windows
+            with sinks, no feedback (StreamingLLM). `full`: full attention, no feedback.
+        full_limit: longest stream that `full` is asked about; None: what the model was trained for.
+
+    Raises:
+        UserError: for another name.
+    """
+    windows = model.fam_config.without_feedback()
+    if windows.attention == "full":
+        windows = windows.replace(attention="bswa")
+    sinks = windows.sink_tokens or min(_SINKS, windows.block_size)
+    configs = {
+        "bswa": windows.replace(sink_tokens=0),
+        "sinks": windows.replace(sink_tokens=sinks),
+        "full": windows.replace(attention="full", window=None, global_positions=()),
+    }
+    trained_for = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    found = []
+    for name in dict.fromkeys(names):
+        if name == "model":
+            found.append(Reader(name, model))
+        elif name in configs:
+            limit = (full_limit or trained_for) if name == "full" else None
+            found.append(Reader(name, twin(model, configs[name]), limit))
+        else:
+            raise UserError(f"There is no reader {name}; there are {', '.join(READERS)}.")
+    return found
+
+
+@dataclass(frozen=True)
+class Ask:
+    """One question to one reader."""
+
+    reader: Reader
+    case: Case
+    number: int
+
+    @property
+    def key(self) -> str:
+        """What tells it from all others of a results folder."""
+        setting = json.dumps(self.case.setting, sort_keys=True)
+        return f"{self.reader.name}|{self.case.task}|{self.case.version}|{setting}|{self.number}"
+
+
+def plan(readers: Sequence[Reader], cases: Sequence[Case]) -> list[Ask]:
+    """All that is to be asked, all readers in turn about each question."""
+    return [
+        Ask(reader, case, number)
+        for case in cases
+        for number in range(case.count)
+        for reader in readers
+    ]
+
+
+class Results:
+    """The results folder of one model and seed.
+
+    Args:
+        folder: made if it is not there.
+        readers: who is asked.
+        seed: of what is asked.
+        process: number of this process, which writes to a file of its own.
+
+    Raises:
+        UserError: if the folder holds results of another model, geometry or seed, or cannot be used.
+    """
+
+    def __init__(
+        self, folder: Path, readers: Sequence[Reader], *, seed: int, process: int = 0
+    ) -> None:
+        self.folder = folder
+        self._file = folder / _RESULTS.format(process)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            reason = (error.strerror or str(error)).lower()
+            raise UserError(f"The folder {folder} cannot be made: {reason}.") from None
+        about = _about(readers, seed)
+        kept = _read_about(folder)
+        _check_same(folder, about, kept)
+        if process == 0:
+            merged = {**about, "readers": {**kept.get("readers", {}), **about["readers"]}}
+            with whole_file(folder / _ABOUT) as beside:
+                beside.write_text(json.dumps(merged, indent=2) + "\n")
+        self.done = {line["key"] for line in read_results(folder)[1]}
+
+    def add(self, ask: Ask, line: Line) -> None:
+        """Keep one answer; it is on the disk when this returns."""
+        append_line(self._file, json.dumps({"key": ask.key, **line}))
+
+
+def evaluate(asks: Sequence[Ask], results: Results) -> Iterator[tuple[Ask, Line]]:
+    """Ask what is not in `results` yet; each answer is kept before it is given out.
+
+    A question that is too long for a reader is kept as skipped.
+    """
+    for ask in asks:
+        if ask.key in results.done:
+            continue
+        question = ask.case.make(ask.number)
+        line: Line = {
+            "format": FORMAT,
+            "reader": ask.reader.name,
+            "task": ask.case.task,
+            "version": ask.case.version,
+            "setting": dict(ask.case.setting),
+            "question": ask.number,
+            "metric": ask.case.metric,
+            "tokens": question.tokens,
+            "facts": dict(question.facts),
+        }
+        limit = ask.reader.limit
+        if limit is not None and question.tokens > limit:
+            line["skipped"] = f"longer than {limit:,} tokens"
+        else:
+            began = time.perf_counter()
+            line["metrics"] = question.ask(ask.reader.model)
+            line["seconds"] = round(time.perf_counter() - began, 3)
+        results.add(ask, line)
+        yield ask, line
+
+
+# ---- files
+
+
+def read_results(folder: Path) -> tuple[dict[str, Any], list[Line]]:
+    """What a results folder is about, and its lines, of all processes, each question once.
+
+    Raises:
+        UserError: if it holds no results.
+    """
+    about = _read_about(folder)
+    if not about:
+        raise UserError(f"The folder {folder} holds no results: it has no {_ABOUT}.")
+    lines: dict[str, Line] = {}
+    for file in sorted(folder.glob("results-*.jsonl")):
+        for text in file.read_text(encoding="utf-8").splitlines():
+            try:
+                line = json.loads(text)
+                lines[line["key"]] = line
+            except (ValueError, KeyError, TypeError):
+                continue  # cut short when its writer was killed
+    return about, list(lines.values())
+
+
+def _about(readers: Sequence[Reader], seed: int) -> dict[str, Any]:
+    first = readers[0].model
+    return {
+        "format": FORMAT,
+        "model": str(first.config._name_or_path),
+        "weights": weights_of(first),
+        "seed": seed,
+        "readers": {r.name: r.config.to_dict() for r in readers},
+        "software": {
+            "transformerfam": __version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "python": platform.python_version(),
+        },
+    }
+
+
+def weights_of(model: Any) -> str:
+    """A fingerprint of the weights, whatever the geometry."""
+    return str(fingerprint(twin(model, model.fam_config.without_feedback())))
+
+
+def _read_about(folder: Path) -> dict[str, Any]:
+    file = folder / _ABOUT
+    if not file.exists():
+        return {}
+    try:
+        about = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        raise UserError(f"{file} cannot be read as results; choose another folder.") from None
+    return about if isinstance(about, dict) else {}
+
+
+def _check_same(folder: Path, ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> None:
+    if not theirs:
+        return
+    names = {"format": "format", "weights": "model", "seed": "seed"}
+    differing = [shown for key, shown in names.items() if ours[key] != theirs.get(key)]
+    for name, config in ours["readers"].items():
+        if theirs.get("readers", {}).get(name, config) != config:
+            differing.append(f"geometry of the reader {name}")
+    if differing:
+        raise UserError(
+            f"The folder {folder} holds results of another {' and '.join(differing)}; choose another "
+            "with --output."
+        )
+
+
+# ---- sums
+
+
+@dataclass(frozen=True)
+class Summary:
+    """One metric of one reader in one case.
+
+    Attributes:
+        mean: over the questions.
+        error: standard error of the mean; None for one question.
+        count: questions that were answered.
+    """
+
+    mean: float
+    error: float | None
+    count: int
+
+
+def summarise(lines: Sequence[Line], metric: str) -> Summary | None:
+    """Mean and standard error over lines of one case and reader; None: all were skipped.
+
+    For `documents` every token weighs the same, for all else every question.
+    """
+    answered = [line for line in lines if "metrics" in line]
+    if not answered:
+        return None
+    values = [float(line["metrics"][metric]) for line in answered]
+    weights = [float(sum(line["metrics"].get("scored", [1]))) for line in answered]
+    total = sum(weights)
+    mean = sum(w * v for w, v in zip(weights, values, strict=True)) / total
+    if len(values) == 1:
+        return Summary(mean, None, 1)
+    n = len(values)
+    spread = sum((w * (v - mean)) ** 2 for w, v in zip(weights, values, strict=True))
+    return Summary(mean, math.sqrt(spread * n / (n - 1)) / total, n)
+
+
+CaseKey = tuple[str, int, str]
+
+
+def case_key(case: Case) -> CaseKey:
+    """(task, version, setting as JSON), by which lines are grouped."""
+    return case.task, case.version, json.dumps(case.setting, sort_keys=True)
+
+
+def grouped(lines: Sequence[Line]) -> dict[CaseKey, dict[str, list[Line]]]:
+    """Case -> reader -> lines, in the order in which they came."""
+    found: dict[CaseKey, dict[str, list[Line]]] = {}
+    for line in lines:
+        case = (line["task"], line["version"], json.dumps(line["setting"], sort_keys=True))
+        found.setdefault(case, {}).setdefault(line["reader"], []).append(line)
+    return found

@@ -1,0 +1,123 @@
+"""What a task is: cases, each of one setting, each with questions made from a number.
+
+A task is a function from `Wanted` to cases; `tasks.TASKS` lists them by name. Adding one is adding a
+module and a line there.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+from transformerfam.data.haystack import Haystack
+from transformerfam.errors import UserError
+from transformerfam.tasks.questions import Question
+from transformerfam.text import Encoder
+
+_FEWEST_WORDS = 50
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What is to be asked, whatever the task.
+
+    Attributes:
+        tokenizer: a tokenizer of transformers.
+        lengths: of texts that are made up, in tokens.
+        samples: questions of each setting; of files at most so many.
+        seed: of everything that is made up.
+        filler: texts to hide things in.
+        data: name of a task -> file, folder or name on the hub.
+        most_tokens: longer documents are cut here (the paper cuts at 262,144); None: never.
+    """
+
+    tokenizer: Any
+    lengths: Sequence[int] = (1024, 4096, 16384)
+    samples: int = 20
+    seed: int = 0
+    filler: Sequence[str] = ()
+    data: Mapping[str, str] = field(default_factory=dict)
+    most_tokens: int | None = None
+
+    @cached_property
+    def encoder(self) -> Encoder:
+        """For pieces of a text."""
+        return Encoder(self.tokenizer)
+
+    @cached_property
+    def haystack(self) -> Haystack:
+        """The filler's sentences."""
+        return Haystack(self.encoder, self.filler)
+
+    @cached_property
+    def words(self) -> list[str]:
+        """Different words of the filler, in alphabetical order."""
+        text = " ".join(self.filler)
+        found = sorted(set(re.findall(r"\b[a-z]{4,10}\b", text)))
+        if len(found) < _FEWEST_WORDS:
+            raise UserError(
+                f"The filler has {len(found)} words that can be used; give a text of more."
+            )
+        return found
+
+    def path(self, task: str) -> str:
+        """Where the data of a task is.
+
+        Raises:
+            UserError: if that was not said.
+        """
+        if task not in self.data:
+            raise UserError(f"The task {task} needs data; give --data {task}=PATH.")
+        return self.data[task]
+
+    def rng(self, *parts: object) -> random.Random:
+        """A generator for one question: a function of the seed and of what is asked."""
+        return random.Random("/".join(map(str, (self.seed, *parts))))
+
+
+@dataclass(frozen=True)
+class Case:
+    """One setting of a task.
+
+    Attributes:
+        task: its name.
+        version: raised when what is asked or how it is scored changes.
+        setting: what tells this case from others of the task, as JSON values.
+        count: questions there are.
+        make: number of a question, from 0 -> the question; the same each time.
+        metric: the one that a table shows.
+        axis: the value of `setting` that a figure shows along its axis; empty: none.
+    """
+
+    task: str
+    version: int
+    setting: Mapping[str, Any]
+    count: int
+    make: Callable[[int], Question]
+    metric: str
+    axis: str = "length"
+
+    @property
+    def label(self) -> str:
+        """The task and what tells its cases apart, but for the axis."""
+        others = [str(v) for k, v in self.setting.items() if k != self.axis]
+        return " ".join([self.task, *others])
+
+
+@dataclass(frozen=True)
+class Task:
+    """An entry of the list of tasks.
+
+    Attributes:
+        cases: what to ask.
+        about: one line for people.
+        source: the paper or program that it follows.
+    """
+
+    cases: Callable[[Wanted], list[Case]]
+    about: str
+    source: str

@@ -1,0 +1,201 @@
+"""Questions about long documents, and their summaries (tables 1, 10, 11).
+
+    narrativeqa, qasper     say the answer; ROUGE-L, and F1 over words
+    quality                 which of four options; accuracy by rank
+    xlsum                   say the summary; ROUGE-L
+    longqa                  rows {input, instructions, outputs}, as those of L-Eval
+
+Rows come from the hub or from a local file of the same columns: those of SCROLLS for qasper and
+quality ({input, output}, the question first), of NarrativeQA ({document, question, answers}) and of
+XL-Sum ({text, summary}).
+"""
+
+from __future__ import annotations
+
+import re
+import string
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from transformerfam.data.tables import open_table
+from transformerfam.errors import UserError
+from transformerfam.extras import require
+from transformerfam.tasks.cases import Case, Wanted
+from transformerfam.tasks.questions import Choose, Metrics, Question, Say
+from transformerfam.text import start_tokens
+
+VERSION = 1
+_OPTION = re.compile(r"^\s*\(([A-D])\)\s*(.*)$", re.MULTILINE)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A document and a question about it.
+
+    Attributes:
+        before: stands before the document: what is to be done.
+        document: the long text.
+        after: stands behind it: the question, up to where the answer begins.
+        answers: any of these is right.
+        choices: options of which one is right; empty: the answer is said freely.
+    """
+
+    before: str
+    document: str
+    after: str
+    answers: Sequence[str]
+    choices: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where the rows of a task come from, and what they are.
+
+    Attributes:
+        hub: (name, configuration, split) on the hub; None: a path must be given.
+        read: a row -> its questions.
+        most: most tokens of an answer.
+        metric: the one for the table.
+    """
+
+    hub: tuple[str, str | None, str] | None
+    read: Callable[[Mapping[str, Any]], list[Asked]]
+    most: int
+    metric: str
+
+
+def cases(name: str, wanted: Wanted) -> list[Case]:
+    """One case: the first `samples` questions."""
+    source = SOURCES[name]
+    asked = _questions(name, source, wanted)
+    return [
+        Case(
+            task=name,
+            version=VERSION,
+            setting={"data": wanted.data.get(name, "hub"), "most_tokens": wanted.most_tokens},
+            count=len(asked),
+            make=lambda number: _question(asked[number], source, wanted),
+            metric=source.metric,
+            axis="",
+        )
+    ]
+
+
+def _questions(name: str, source: Source, wanted: Wanted) -> list[Asked]:
+    if name not in wanted.data and source.hub is None:
+        wanted.path(name)  # says what to give
+    rows = open_table(wanted.data.get(name), hub=source.hub)
+    found: list[Asked] = []
+    for number, row in enumerate(rows, 1):
+        try:
+            found += source.read(row)
+        except (KeyError, TypeError, IndexError, ValueError) as error:
+            raise UserError(
+                f"Row {number} of {wanted.data.get(name, name)} is none of {name}: "
+                f"{type(error).__name__} {error}."
+            ) from None
+        if len(found) >= wanted.samples:
+            break
+    if not found:
+        raise UserError(f"{wanted.data.get(name, name)} has no question.")
+    return found[: wanted.samples]
+
+
+def _question(asked: Asked, source: Source, wanted: Wanted) -> Question:
+    encode = wanted.encoder.encode
+    before = encode(f"{asked.before}\n\n", first=True)
+    after = encode(f"\n\n{asked.after}", first=False)
+    document = encode(asked.document, first=False) if asked.document else []
+    facts: dict[str, Any] = {"document_tokens": len(document)}
+    if wanted.most_tokens is not None and len(document) > wanted.most_tokens:
+        document = document[: wanted.most_tokens]
+        facts["cut"] = True
+    ids = [*start_tokens(wanted.tokenizer), *before, *document, *after]
+    if asked.choices:
+        choices = [encode(f" {choice}", first=False) for choice in asked.choices]
+        gold = asked.choices.index(asked.answers[0])
+        return Choose(ids, choices, gold, [len(choice) for choice in asked.choices], facts)
+    newline = encode("\n", first=False)
+    stop = [t for t in (wanted.tokenizer.eos_token_id, *newline[-1:]) if t is not None]
+    score = partial(_score, tuple(asked.answers))
+    return Say(ids, source.most, score, wanted.tokenizer.decode, stop, facts)
+
+
+# ---- scores
+
+
+def _score(answers: Sequence[str], said: str) -> Metrics:
+    """The best over the references, as the tasks' authors do."""
+    rouge = require("rouge_score.rouge_scorer", "eval").RougeScorer(["rougeL"], use_stemmer=True)
+    return {
+        "rougeL": max(rouge.score(answer, said)["rougeL"].fmeasure for answer in answers),
+        "f1": max(f1(answer, said) for answer in answers),
+    }
+
+
+def f1(reference: str, said: str) -> float:
+    """F1 of words, without case, punctuation and articles (SQuAD, Qasper)."""
+    words = [_plain_words(text) for text in (reference, said)]
+    if not all(words):
+        return float(words[0] == words[1])
+    common = sum((Counter(words[0]) & Counter(words[1])).values())
+    return 2 * common / sum(map(len, words))
+
+
+def _plain_words(text: str) -> list[str]:
+    bare = "".join(c for c in text.lower() if c not in string.punctuation)
+    return [word for word in bare.split() if word not in ("a", "an", "the")]
+
+
+# ---- rows
+
+
+def _narrativeqa(row: Mapping[str, Any]) -> list[Asked]:
+    answers = [answer["text"] for answer in row["answers"]]
+    question = row["question"]["text"]
+    return [Asked(_READ, row["document"]["text"], _ask(question), answers)]
+
+
+def _scrolls(row: Mapping[str, Any]) -> list[Asked]:
+    question, _, document = row["input"].partition("\n\n")
+    answers = row["output"] if isinstance(row["output"], list) else [row["output"]]
+    return [Asked(_READ, document.strip(), _ask(question.strip()), answers)]
+
+
+def _quality(row: Mapping[str, Any]) -> list[Asked]:
+    """SCROLLS writes the question, then the options on lines of their own, then the document."""
+    question, _, rest = row["input"].partition("\n\n")
+    options, _, document = rest.lstrip().partition("\n\n")
+    choices = [text.strip() for _, text in _OPTION.findall(options)]
+    answer = row["output"][0] if isinstance(row["output"], list) else row["output"]
+    if answer.strip() not in choices:
+        raise ValueError("its output is none of its options")
+    return [Asked(_READ, document.strip(), _ask(question.strip()), [answer.strip()], choices)]
+
+
+def _xlsum(row: Mapping[str, Any]) -> list[Asked]:
+    return [Asked("Read the article.", row["text"], "Summary:", [row["summary"]])]
+
+
+def _leval(row: Mapping[str, Any]) -> list[Asked]:
+    pairs = zip(row["instructions"], row["outputs"], strict=True)
+    return [Asked(_READ, row["input"], _ask(question), [answer]) for question, answer in pairs]
+
+
+_READ = "Read the text and answer the question about it."
+
+
+def _ask(question: str) -> str:
+    return f"Question: {question}\nAnswer:"
+
+
+SOURCES = {
+    "narrativeqa": Source(("deepmind/narrativeqa", None, "test"), _narrativeqa, 50, "rougeL"),
+    "qasper": Source(("tau/scrolls", "qasper", "validation"), _scrolls, 80, "rougeL"),
+    "quality": Source(("tau/scrolls", "quality", "validation"), _quality, 1, "accuracy"),
+    "xlsum": Source(("csebuetnlp/xlsum", "english", "test"), _xlsum, 80, "rougeL"),
+    "longqa": Source(None, _leval, 100, "rougeL"),
+}

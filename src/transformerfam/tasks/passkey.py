@@ -1,0 +1,50 @@
+"""PassKey (figure 10): keep a number in mind while a lot of irrelevant text goes by."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from transformerfam.data.passkey import DEFAULT_SENTENCES, PasskeyTexts
+from transformerfam.tasks.cases import Case, Wanted
+from transformerfam.tasks.questions import Recite
+
+VERSION = 1
+# where the key asked for stands, and how many keys there are
+SETTINGS: dict[str, tuple[str | float, int]] = {
+    "passkey": ("start", 1),
+    "passkey-middle": (0.5, 1),
+    "passkey-late": (0.95, 1),
+    "passkey-anywhere": ("anywhere", 1),
+    "passkey-3": ("anywhere", 3),
+}
+
+
+def cases(name: str, wanted: Wanted) -> list[Case]:
+    """A case for each length; metric `exact`: the whole key is said right."""
+    where, keys = SETTINGS[name]
+    texts = PasskeyTexts(
+        wanted.tokenizer,
+        lengths=wanted.lengths,
+        where=where,
+        keys=keys,
+        filler=wanted.filler or DEFAULT_SENTENCES,
+        seed=wanted.seed,
+    )
+    return [
+        Case(
+            task=name,
+            version=VERSION,
+            setting={"length": length},
+            count=wanted.samples,
+            make=partial(_question, name, wanted, texts, length),
+            metric="exact",
+        )
+        for length in wanted.lengths
+    ]
+
+
+def _question(name: str, wanted: Wanted, texts: PasskeyTexts, length: int, number: int) -> Recite:
+    sample = texts.sample(wanted.rng(name, length, number), length)
+    ids, start = sample.example.ids, sample.answer.start
+    facts = {"depth": round(sample.depth, 4), "key": sample.key}
+    return Recite(ids[:start], ids[start:], facts)

@@ -1,0 +1,176 @@
+"""Questions put to a model, and what comes of them as numbers.
+
+Every question is read as one stream with one `Memory`, in chunks: it may be as long as one likes, and
+costs the memory of a window. Four kinds cover all tasks:
+
+    Recite   say exactly these tokens        {"exact": 0 or 1, "tokens": share of them}
+    Choose   which of these is the likeliest {"accuracy": 0 or 1, "accuracy_norm": 0 or 1}
+    Say      speak freely, and be scored     whatever the task's score gives
+    Follow   predict a whole text            sums by place in the text
+
+Knows models and memories; nothing of tasks, files and results.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+
+from transformerfam.stream import absorb, generate, read
+
+Metrics = dict[str, Any]
+
+
+class Question(Protocol):
+    """Something to put to a model."""
+
+    @property
+    def tokens(self) -> int:
+        """Most tokens of its stream: what it reads and what it may say."""
+
+    @property
+    def facts(self) -> Mapping[str, Any]:
+        """What is worth knowing about it in the results, such as where a key stands."""
+
+    def ask(self, model: Any) -> Metrics:
+        """Read, answer, score. No gradients."""
+
+
+@dataclass(frozen=True)
+class Recite:
+    """Say exactly some tokens after a text: greedy decoding, without decoding.
+
+    Greedy decoding says exactly the answer if every token of it is the likeliest after the text and
+    the answer's tokens before it, so one pass over both tells.
+
+    Attributes:
+        ids: what is read.
+        answer: tokens to say.
+    """
+
+    ids: Sequence[int]
+    answer: Sequence[int]
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def tokens(self) -> int:
+        """See `Question`."""
+        return len(self.ids) + len(self.answer)
+
+    def ask(self, model: Any) -> Metrics:
+        """`exact`: all of it right. `tokens`: share of its tokens that are the likeliest."""
+        memory = absorb(model, self.ids)
+        hits = torch.cat([chunk.hits for chunk in read(model, self.answer, memory)])
+        return {"exact": float(hits.all()), "tokens": float(hits.float().mean())}
+
+
+@dataclass(frozen=True)
+class Choose:
+    """Which of several continuations is the likeliest.
+
+    Attributes:
+        ids: what is read.
+        choices: tokens of each continuation.
+        gold: index of the right one.
+        lengths: length of each for `accuracy_norm`, mostly in characters; empty: in tokens.
+    """
+
+    ids: Sequence[int]
+    choices: Sequence[Sequence[int]]
+    gold: int
+    lengths: Sequence[int] = ()
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def tokens(self) -> int:
+        """See `Question`."""
+        return len(self.ids) + max(map(len, self.choices))
+
+    def ask(self, model: Any) -> Metrics:
+        """`accuracy`: by log p. `accuracy_norm`: by log p over length."""
+        memory = absorb(model, self.ids)
+        scores = [-sum(c.nats for c in read(model, ids, memory.fork())) for ids in self.choices]
+        lengths = self.lengths or [len(ids) for ids in self.choices]
+        normed = [score / length for score, length in zip(scores, lengths, strict=True)]
+        return {
+            "accuracy": float(scores.index(max(scores)) == self.gold),
+            "accuracy_norm": float(normed.index(max(normed)) == self.gold),
+        }
+
+
+@dataclass(frozen=True)
+class Say:
+    """Speak freely after a text; the task scores what was said.
+
+    Attributes:
+        ids: what is read.
+        most: most tokens to say.
+        score: text that was said -> metrics.
+        decode: token ids -> text.
+        stop: token ids that end the answer.
+    """
+
+    ids: Sequence[int]
+    most: int
+    score: Callable[[str], Metrics]
+    decode: Callable[[list[int]], str]
+    stop: Sequence[int] = ()
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def tokens(self) -> int:
+        """See `Question`."""
+        return len(self.ids) + self.most
+
+    def ask(self, model: Any) -> Metrics:
+        """What `score` gives, and the text itself as `said`."""
+        ids = generate(model, self.ids, max_new_tokens=self.most, stop=self.stop)
+        said = self.decode(list(ids))
+        return {**self.score(said), "said": said}
+
+
+@dataclass(frozen=True)
+class Follow:
+    """Predict every token of a text but its first.
+
+    Attributes:
+        ids: the text.
+        nbytes: bytes of the text, for bits per byte.
+        edges: first token of each part by which sums are kept, in ascending order from 0.
+    """
+
+    ids: Sequence[int]
+    nbytes: int
+    edges: Sequence[int]
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def tokens(self) -> int:
+        """See `Question`."""
+        return len(self.ids)
+
+    def ask(self, model: Any) -> Metrics:
+        """Over all `accuracy`, `loss` and `bits_per_byte`; by part sums `scored`, `nats`, `right`."""
+        parts = [0] * len(self.edges), [0.0] * len(self.edges), [0] * len(self.edges)
+        scored, nats, right = parts
+        edges = torch.tensor(self.edges)
+        for chunk in read(model, self.ids):
+            places = torch.arange(chunk.position - chunk.scored, chunk.position)
+            part = torch.bucketize(places, edges, right=True) - 1
+            for index in part.unique().tolist():
+                here = part == index
+                scored[index] += int(here.sum())
+                nats[index] += float(chunk.losses[here].sum(dtype=torch.float64))
+                right[index] += int(chunk.hits[here].sum())
+        return {
+            "accuracy": sum(right) / sum(scored),
+            "loss": sum(nats) / sum(scored),
+            "bits_per_byte": sum(nats) / torch.log(torch.tensor(2.0)).item() / self.nbytes,
+            "edges": list(self.edges),
+            "scored": scored,
+            "nats": nats,
+            "right": right,
+        }

@@ -1,0 +1,41 @@
+"""Recall: say a segment again that stood somewhere in a long text (the repeat task of B.2, asked)."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from transformerfam.data.examples import repeat_marker
+from transformerfam.tasks.cases import Case, Wanted
+from transformerfam.tasks.questions import Recite
+from transformerfam.text import start_tokens
+
+VERSION = 1
+SEGMENT, GIVEN = 64, 16  # tokens of the segment, and how many of them are given as its beginning
+
+
+def cases(wanted: Wanted) -> list[Case]:
+    """A case for each length; metric `tokens`: share of the segment's other tokens said right."""
+    return [
+        Case(
+            task="recall",
+            version=VERSION,
+            setting={"length": length},
+            count=wanted.samples,
+            make=partial(_question, wanted, length),
+            metric="tokens",
+        )
+        for length in wanted.lengths
+    ]
+
+
+def _question(wanted: Wanted, length: int, number: int) -> Recite:
+    rng = wanted.rng("recall", length, number)
+    start = start_tokens(wanted.tokenizer)
+    marker = repeat_marker(wanted.tokenizer)
+    room = max(SEGMENT, length - len(start) - len(marker) - SEGMENT)
+    sentences = wanted.haystack.take(rng.randrange(len(wanted.haystack)), room)
+    prose = [token for ids in sentences for token in ids]
+    place = rng.randrange(len(prose) - SEGMENT + 1)
+    segment = prose[place : place + SEGMENT]
+    ids = [*start, *prose, *marker, *segment[:GIVEN]]
+    return Recite(ids, segment[GIVEN:], {"depth": round(place / len(prose), 4)})

@@ -1,0 +1,211 @@
+"""Evaluation: readers of the same weights, answers kept one by one, nothing asked twice."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from command_line import Run, refused
+from families import some_tokens, tiny
+
+from transformerfam import FamConfig, convert, evaluate
+from transformerfam.commands.plot import panels_of
+from transformerfam.errors import UserError
+from transformerfam.tasks.cases import Case
+from transformerfam.tasks.questions import Recite
+
+CONFIG = FamConfig.paper(block_size=8, memory_segments=1, fam_length=2)
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return convert(tiny(), CONFIG)
+
+
+def case(length: int = 20, count: int = 3) -> Case:
+    def make(number: int) -> Recite:
+        ids = some_tokens(1, length + 1, seed=number)[0].tolist()
+        return Recite(ids[:-1], ids[-1:], {"n": number})
+
+    return Case("dummy", 1, {"length": length}, count, make, "exact")
+
+
+def test_readers_share_weights_and_differ_in_windows(model: Any) -> None:
+    found = evaluate.readers(model, ["model", "bswa", "sinks", "full"], full_limit=None)
+    assert [r.name for r in found] == ["model", "bswa", "sinks", "full"]
+    assert all(r.model.lm_head.weight is model.lm_head.weight for r in found)
+    assert found[1].config == CONFIG.without_feedback()
+    assert found[2].config.sink_tokens == 4
+    assert (found[3].config.attention, found[3].limit) == ("full", 512)
+    ids = some_tokens(1, 30)
+    with torch.no_grad():
+        expected = tiny()(ids).logits
+        torch.testing.assert_close(found[3].model(ids).logits, expected, atol=1e-5, rtol=0)
+    with pytest.raises(UserError, match="no reader all; there are model, bswa"):
+        evaluate.readers(model, ["all"], full_limit=None)
+
+
+def test_what_was_asked_is_kept_and_not_asked_again(model: Any, tmp_path: Path) -> None:
+    readers = evaluate.readers(model, ["model", "full"], full_limit=25)
+    asks = evaluate.plan(readers, [case(), case(length=40)])
+    results = evaluate.Results(tmp_path, readers, seed=0)
+    begun = evaluate.evaluate(asks, results)
+    first = [line for _, line in (next(begun), next(begun), next(begun))]
+    assert [line["reader"] for line in first] == ["model", "full", "model"]
+    with (tmp_path / "results-000.jsonl").open("a") as file:
+        file.write('{"key": "cut sh')  # killed while it wrote
+    again = evaluate.Results(tmp_path, readers, seed=0)
+    rest = list(evaluate.evaluate(asks, again))
+    assert len(rest) == len(asks) - 3
+    about, lines = evaluate.read_results(tmp_path)
+    assert len(lines) == len(asks) == 12
+    assert set(about["readers"]) == {"model", "full"}
+    skipped = [line for line in lines if "skipped" in line]
+    assert {(line["reader"], line["tokens"]) for line in skipped} == {("full", 41)}
+    direct = case().make(2).ask(model)
+    kept = next(x for x in lines if x["reader"] == "model" and x["question"] == 2)
+    assert kept["metrics"] == direct
+
+
+def test_processes_share_a_folder(model: Any, tmp_path: Path) -> None:
+    readers = evaluate.readers(model, ["model"], full_limit=None)
+    asks = evaluate.plan(readers, [case(count=5)])
+    for process in range(2):
+        results = evaluate.Results(tmp_path, readers, seed=0, process=process)
+        list(evaluate.evaluate(asks[process::2], results))
+    assert [p.name for p in sorted(tmp_path.glob("results*"))] == [
+        "results-000.jsonl",
+        "results-001.jsonl",
+    ]
+    assert sorted(line["question"] for line in evaluate.read_results(tmp_path)[1]) == [
+        0,
+        1,
+        2,
+        3,
+        4,
+    ]
+
+
+def test_results_of_something_else_are_not_mixed(model: Any, tmp_path: Path) -> None:
+    evaluate.Results(tmp_path, evaluate.readers(model, ["model"], full_limit=None), seed=0)
+    other = evaluate.readers(convert(tiny(seed=1), CONFIG), ["model"], full_limit=None)
+    with pytest.raises(UserError, match="holds results of another model; choose another"):
+        evaluate.Results(tmp_path, other, seed=0)
+    windows = evaluate.readers(
+        convert(tiny(), CONFIG.replace(memory_segments=2)), ["model"], full_limit=None
+    )
+    with pytest.raises(UserError, match="another geometry of the reader model"):
+        evaluate.Results(tmp_path, windows, seed=0)
+    with pytest.raises(UserError, match="another seed"):
+        evaluate.Results(tmp_path, evaluate.readers(model, ["model"], full_limit=None), seed=1)
+
+
+def test_a_summary_is_the_mean_and_its_standard_error() -> None:
+    lines = [{"metrics": {"exact": value}} for value in (1.0, 0.0, 1.0, 1.0)]
+    found = evaluate.summarise([*lines, {"skipped": "long"}], "exact")
+    assert found is not None
+    assert found.mean == 0.75
+    assert found.error == pytest.approx(math.sqrt((3 * 0.0625 + 0.5625) / 3 / 4))
+    weighed = [
+        {"metrics": {"accuracy": 0.5, "scored": [10, 20]}},
+        {"metrics": {"accuracy": 1.0, "scored": [10]}},
+    ]
+    documents = evaluate.summarise(weighed, "accuracy")
+    assert documents is not None and documents.mean == pytest.approx(25 / 40)
+    assert evaluate.summarise([{"skipped": "long"}], "exact") is None
+
+
+# ---- the command
+
+
+def test_the_command_asks_shows_and_goes_on(fam: Run, folder: str, tmp_path: Path) -> None:
+    out = str(tmp_path / "results")
+    words = ["eval", folder, "--tasks", "passkey,recall", "--lengths", "300", "--output", out]
+    words += ["--readers", "model,full", "--block-size", "16", "--full-limit", "100000", "--quiet"]
+    code, shown, err = fam(*words, "--samples", "1")
+    assert (code, err) == (0, "")
+    assert "passkey 300" in shown and "recall 300" in shown
+    lines = (tmp_path / "results" / "results-000.jsonl").read_text().splitlines()
+    assert len(lines) == 4
+    code, _, _ = fam(*words, "--samples", "2")
+    assert code == 0
+    more = (tmp_path / "results" / "results-000.jsonl").read_text().splitlines()
+    assert len(more) == 8 and more[:4] == lines
+    facts = json.loads(lines[0])
+    assert facts["format"] == 1 and facts["task"] == "passkey" and facts["seconds"] > 0
+
+
+def test_tasks_are_listed(fam: Run) -> None:
+    code, shown, _ = fam("eval", "--list")
+    assert code == 0 and "babilong-qa1" in shown and "RULER" in shown
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ([], "--tasks"),
+        (["--tasks", "nothing"], "no task nothing"),
+        (["--tasks", "passkey", "--lengths", "1"], "--lengths takes"),
+        (["--tasks", "passkey", "--data", "x"], "--data takes TASK=PATH"),
+        (["--tasks", "documents"], "give --data documents=PATH"),
+        (["--tasks", "passkey", "--readers", "nobody"], "no reader nobody"),
+    ],
+)
+def test_what_cannot_be_asked_is_refused(
+    fam: Run, folder: str, tmp_path: Path, words: list[str], said: str
+) -> None:
+    output = ["--output", str(tmp_path / "out"), "--quiet"]
+    refused(fam("eval", folder, *output, *words), said)
+
+
+# ---- the figure
+
+
+def result(length: int, value: float, reader: str = "model", number: int = 0) -> dict[str, Any]:
+    return {
+        "key": f"{reader}|{length}|{number}",
+        "reader": reader,
+        "task": "passkey",
+        "version": 1,
+        "setting": {"length": length},
+        "metric": "exact",
+        "metrics": {"exact": value},
+    }
+
+
+def test_a_figure_has_a_panel_a_task_and_a_curve_a_reader() -> None:
+    lines = [result(n, float(n < 300), number=i) for n in (100, 200, 400) for i in range(2)]
+    lines.append({**result(400, 0.0, "full"), "skipped": "long"})
+    del lines[-1]["metrics"]
+    lines.append(result(100, 1.0, "full"))
+    panels = panels_of(lines)
+    (curves,) = panels.values()
+    assert [(c.name, list(c.x), list(c.y)) for c in curves] == [
+        ("model", [100, 200, 400], [1.0, 1.0, 0.0]),
+        ("full", [100], [1.0]),
+    ]
+    followed = {
+        **result(0, 0.0),
+        "setting": {"data": "x"},
+        "metrics": {"edges": [0, 1024], "scored": [10, 10], "right": [5, 10], "nats": [1, 1]},
+    }
+    (documents,) = panels_of([followed, followed]).values()
+    assert (list(documents[0].x), list(documents[0].y)) == ([512, 1536], [0.5, 1.0])
+
+
+def test_the_command_draws_what_was_found(
+    fam: Run, model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    refused(fam("plot"), "holds no results")
+    evaluate.Results(tmp_path / "eval", evaluate.readers(model, ["model"], full_limit=None), seed=0)
+    refused(fam("plot"), "nothing to draw")
+    lines = [json.dumps(result(n, 1.0)) for n in (100, 200)]
+    (tmp_path / "eval" / "results-000.jsonl").write_text("\n".join(lines) + "\n")
+    refused(fam("plot", "--tasks", "recall"), "no results of recall")
+    assert fam("plot", "--out", "a.png") == (0, "wrote a.png\n", "")
+    assert (tmp_path / "a.png").read_bytes()[:4] == b"\x89PNG"
