@@ -10,7 +10,7 @@ demo: .venv/.installed
 	$(BIN)/fam demo
 
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 slow: .venv/.installed
 	$(BIN)/python -m pytest -m "slow and not accelerator"

@@ -88,7 +88,7 @@ def count_calls(run: dict[str, Any]) -> dict[str, Any]:
 def test_runs_that_are_done_are_not_done_again(tmp_path: Path) -> None:
     file = tmp_path / "runs.jsonl"
     runs = [{"n": n, "fails": False} for n in range(2)]
-    first = list(results_of(runs, count_calls, file, workers=1))
+    first = list(results_of(runs, count_calls, file, workers=2))
     assert sorted(result["twice"] for _, result, _ in first) == [0, 2]
     assert not any(kept for _, _, kept in first)
     again = list(results_of(runs, count_calls, file, workers=1))
@@ -98,11 +98,13 @@ def test_runs_that_are_done_are_not_done_again(tmp_path: Path) -> None:
         list(results_of(runs, count_calls, file, workers=1))
 
 
-def test_a_run_that_fails_says_why_and_loses_no_other(tmp_path: Path) -> None:
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_run_that_fails_says_why_and_loses_no_other(workers: int, tmp_path: Path) -> None:
     file = tmp_path / "runs.jsonl"
     runs = [{"n": 1, "fails": False}, {"n": 2, "fails": True}]
+    list(results_of(runs[:1], count_calls, file, workers=1))
     with pytest.raises(UserError, match=r"^no$"):
-        list(results_of(runs, count_calls, file, workers=1))
+        list(results_of([*runs, {"n": 3, "fails": True}], count_calls, file, workers=workers))
     (kept,) = results_of(runs[:1], count_calls, file, workers=1)
     assert kept == (runs[0], {"twice": 2}, True)
 
@@ -154,7 +156,7 @@ def test_the_command_trains_asks_and_writes(
 ) -> None:
     out = tmp_path / "made"
     argv = ["reproduce", "figure3a", "--parts", "start", "--seeds", "1", "--steps", "1"]
-    argv += ["--lengths", "2,3", "--workers", "2", "--out", str(out)]
+    argv += ["--lengths", "2,3", "--workers", "1", "--out", str(out)]
     assert cli.main(argv) == 0
     shown = capsys.readouterr()
     assert "M1_SG" in shown.out and "7/7" in shown.err

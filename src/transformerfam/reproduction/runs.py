@@ -29,9 +29,10 @@ def results_of(
 
     Args:
         runs: values that JSON can hold, all different.
-        work: makes a result of a run; a function of a module, since it runs in another process.
+        work: makes a result of a run; a function of a module, since it may run in another process.
         file: where results are kept, JSON lines.
-        workers: processes, of one thread each: small models gain nothing from more.
+        workers: processes, of one thread each: small models gain nothing from more. With one the work
+            is done in this process.
     """
     kept = read_results(file)
     missing = []
@@ -43,18 +44,27 @@ def results_of(
     if not missing:
         return
     file.parent.mkdir(parents=True, exist_ok=True)
+    workers = min(workers, len(missing))
+    made = (
+        ((r, work(r)) for r in missing) if workers == 1 else _in_processes(missing, work, workers)
+    )
+    for run, result in made:
+        append_line(file, json.dumps({"run": run, "result": result}))
+        yield run, result, False
+
+
+def _in_processes(
+    runs: Sequence[Run], work: Callable[[Run], Result], workers: int
+) -> Iterator[tuple[Run, Result]]:
+    """Runs and their results, in the order in which they end."""
     pool = ProcessPoolExecutor(
-        min(workers, len(missing)),
-        mp_context=multiprocessing.get_context("spawn"),
-        initializer=_end_with_parent,
+        workers, mp_context=multiprocessing.get_context("spawn"), initializer=_end_with_parent
     )
     with _one_thread_each(), pool:
-        futures = {pool.submit(work, run): run for run in missing}
+        futures = {pool.submit(work, run): run for run in runs}
         try:
             for future in as_completed(futures):
-                run, result = futures[future], future.result()
-                append_line(file, json.dumps({"run": run, "result": result}))
-                yield run, result, False
+                yield futures[future], future.result()
         except BaseException:
             # Before the pool is shut down, which forgets its processes.
             processes = list((getattr(pool, "_processes", None) or {}).values())
