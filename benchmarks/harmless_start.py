@@ -1,6 +1,7 @@
 """What a conversion costs at the start, and after a little training, for several ways to begin.
 
     .venv/bin/python benchmarks/harmless_start.py --output harmless.jsonl
+    .venv/bin/python benchmarks/harmless_start.py --biases=-8,-16,-32 --block-size 64    # nothing trained
 
 Each way is trained alike (LoRA and the prompt) on the same text with several seeds; a seed draws the
 prompt's tokens, LoRA's random half and the order of the text. The loss is measured on another part
@@ -105,7 +106,12 @@ def main() -> None:
     parser.add_argument("--asked", type=int, default=2048, help="tokens that are measured")
     parser.add_argument("--text", help="a text file instead of the language reference")
     parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--biases", help="only the loss after conversion under these biases")
+    parser.add_argument("--block-size", type=int, default=128, help="for --biases")
     args = parser.parse_args()
+    if args.biases:
+        print_by_bias([float(b) for b in args.biases.split(",")], args)
+        return
     sizes = {"steps": args.steps, "length": args.length, "asked": args.asked, "text": args.text}
     runs = [{"way": way, "seed": seed, **sizes} for seed in range(args.seeds) for way in WAYS]
     found: dict[tuple[str, int], Result] = {}
@@ -116,6 +122,21 @@ def main() -> None:
                 f"{len(found)}/{len(runs)}  {run['way']}, seed {run['seed']}: {result}", flush=True
             )
     print(table(found, args.seeds))
+
+
+def print_by_bias(biases: list[float], args: argparse.Namespace) -> None:
+    """The loss of the default start under each bias, nothing trained; and that of the windows."""
+    from transformerfam import FamConfig, load, reconfigure
+    from transformerfam.data.examples import Example, plain
+    from transformerfam.training.probes import HeldOut
+
+    config = FamConfig.from_dict({**KEPT, "block_size": args.block_size})
+    model, tokenizer = load(config=config)
+    ask = plain(tokenizer, text_parts(args.text)[1])
+    held_out = HeldOut({"text": Example(ask.ids[: args.asked], ask.weights[: args.asked])})
+    ways = {f"bias {bias:g}": config.replace(fam_bias=bias) for bias in biases}
+    for name, way in {"windows": config.without_feedback(), **ways}.items():
+        print(f"{name:12} {held_out(reconfigure(model, way))['mean']:.4f}", flush=True)
 
 
 def table(found: dict[tuple[str, int], Result], seeds: int) -> str:
