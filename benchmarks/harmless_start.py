@@ -1,7 +1,7 @@
 """What a conversion costs at the start, and after a little training, for several ways to begin.
 
     .venv/bin/python benchmarks/harmless_start.py --output harmless.jsonl
-    .venv/bin/python benchmarks/harmless_start.py --biases=-8,-16,-32 --block-size 64    # nothing trained
+    .venv/bin/python benchmarks/harmless_start.py --biases=-8,-16,-32 --block-size 64  # nothing trained
 
 Each way is trained alike (LoRA and the prompt) on the same text with several seeds; a seed draws the
 prompt's tokens, LoRA's random half and the order of the text. The loss is measured on another part

@@ -104,7 +104,7 @@ class Case:
     @property
     def label(self) -> str:
         """The task and what tells its cases apart, but for the axis."""
-        others = [str(v) for k, v in self.setting.items() if k != self.axis]
+        others = [str(v) for k, v in self.setting.items() if k != self.axis and v is not None]
         return " ".join([self.task, *others])
 
 
