@@ -302,6 +302,7 @@ TOGETHER: list[tuple[str, str]] = [
     ("feedback.state_passing=0.8 data.layout=documents", "carried from step to step already"),
     ("feedback.position_offset=-0.1", "is a probability"),
     ("feedback.position_offset_limit=0", "must be above 0"),
+    ("feedback.bias_power=0", "feedback.bias_power must be above 0"),
     ("feedback.bias_start=0", "needs a feedback.bias_start below fam.fam_bias=0.0"),
     ("run.steps=0", "run.steps must be at least 1"),
     ("run.keep_checkpoints=0", "run.keep_checkpoints must be at least 1"),

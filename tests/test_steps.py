@@ -257,8 +257,10 @@ def test_a_position_offset_changes_nothing_unless_fam_stands_at_zero() -> None:
         assert (moved != pytest.approx(plain, rel=1e-7)) == matters
 
 
-def test_the_bias_rises_in_a_straight_line_and_begins_as_the_windows_alone() -> None:
-    made = recipe(bias_start=-1e4, bias_steps=4)
+def test_the_bias_rises_and_begins_as_the_windows_alone() -> None:
+    cubic = recipe(bias_start=-64, bias_steps=4)
+    assert [bias_at(step, cubic) for step in range(6)] == [-64, -27, -8, -1, 0, 0]
+    made = recipe(bias_start=-1e4, bias_steps=4, bias_power=1)
     assert [bias_at(step, made) for step in range(6)] == [-1e4, -7500, -5000, -2500, 0, 0]
     ids = some_tokens(2, 4 * B + 1)
     one = stepper(made)

@@ -224,7 +224,7 @@ def _check_feedback(recipe: Recipe) -> None:
     _at_least(0, "feedback", feedback, ["bptt_blocks", "state_passing_delay", "bias_steps"])
     _probability("feedback", feedback, "state_passing")
     _probability("feedback", feedback, "position_offset")
-    _above_zero("feedback", feedback, ["position_offset_limit"])
+    _above_zero("feedback", feedback, ["position_offset_limit", "bias_power"])
     _refuse_unless(
         feedback.bptt_blocks != 1 or not fam.has_feedback,
         "feedback.bptt_blocks=1 teaches FAM nothing, since what one block writes is read in the next; "

@@ -143,12 +143,18 @@ class FeedbackSettings:
     )
     position_offset_limit: float = _setting(62831.853, "largest offset; the paper's is 2π·10000")
     bias_start: float = _setting(
-        -8.0,
+        -32.0,
         "added to the scores of FAM keys in the first step; very negative: the model begins as the "
         "same windows without feedback",
     )
     bias_steps: int = _setting(
-        50, "steps in which that rises to the `fam_bias` of [fam], 0 mostly; 0: it is there at once"
+        100,
+        "steps in which that rises to the `fam_bias` of [fam], 0 mostly; 0: it is there at once",
+    )
+    bias_power: float = _setting(
+        3.0,
+        "how it rises: what is left of the way is (1 - step / bias_steps) to this power; 1: in a "
+        "straight line",
     )
 
 

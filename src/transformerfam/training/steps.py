@@ -189,11 +189,12 @@ class Stepper:
 
 
 def bias_at(step: int, recipe: Recipe) -> float:
-    """`fam_bias` in a step: from `bias_start` in a straight line over `bias_steps` steps."""
+    """`fam_bias` in a step: from `bias_start` to that of the geometry over `bias_steps` steps."""
     feedback, end = recipe.feedback, recipe.fam.fam_bias
     if step >= feedback.bias_steps:
         return end
-    return feedback.bias_start + (end - feedback.bias_start) * step / feedback.bias_steps
+    left = (1 - step / feedback.bias_steps) ** feedback.bias_power
+    return end + (feedback.bias_start - end) * left
 
 
 def _fams_of_first_row(memory: Memory) -> tuple[Tensor, ...] | None:
