@@ -93,7 +93,7 @@ def _windows(segments: int, **more: Any) -> dict[str, Any]:
 
 _FAM = {"memory_segments": 0, "fam_length": 8}
 _SMALL = {"memory_segments": 0, "fam_length": 4}
-_PASSING = {"state_passing": 0.5, "state_passing_delay": 1000}
+_PASSING = {"state_passing": 0.5, "state_passing_delay": 750}
 
 PARTS = (
     Part(
@@ -128,7 +128,7 @@ PARTS = (
         ),
         trained=((1, "anywhere"), (3, "anywhere")),
         asked=((1, "late"), (1, "start"), (3, "late"), (3, "start")),
-        steps=2000,
+        steps=1500,
         lengths=((0.0, 6),),
         shape=Shape(width=64, layers=2, block=16, digits=2, rows=32),
         optimizer={"learning_rate": 2e-3, "weight_decay": 0.3, "schedule": "cosine"},
