@@ -148,7 +148,7 @@ class FeedbackSettings:
         "same windows without feedback",
     )
     bias_steps: int = _setting(
-        100,
+        50,
         "steps in which that rises to the `fam_bias` of [fam], 0 mostly; 0: it is there at once",
     )
     bias_power: float = _setting(
