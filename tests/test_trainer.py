@@ -428,6 +428,15 @@ def test_there_must_be_something_to_go_on_from(tmp_path: Path) -> None:
         run(recipe(tmp_path), resume=True)
 
 
+def test_without_feedback_a_recipe_is_its_own_baseline(tmp_path: Path) -> None:
+    windows = {**BASE["fam"], "fam_length": 0}
+    feedback = {"state_passing": 0.8, "bias_start": -8.0, "bias_steps": 3}
+    run(recipe(tmp_path / "with", fam=windows, feedback=feedback))
+    run(recipe(tmp_path / "without", fam=windows))
+    assert metrics(tmp_path / "with") == metrics(tmp_path / "without")
+    assert "fam_bias" not in metrics(tmp_path / "with")[0]
+
+
 # ---- a loss that is of no use
 
 
