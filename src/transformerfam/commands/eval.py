@@ -65,7 +65,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "sinks), full (full attention) (default: %(default)s)",
     )
     _add_questions(parser)
-    parser.add_argument("--seed", metavar="N", type=options.whole(0), default=0)
+    parser.add_argument(
+        "--seed",
+        metavar="N",
+        type=options.whole(0),
+        default=0,
+        help="of what is made up (default: %(default)s)",
+    )
     parser.add_argument(
         "--output", metavar="FOLDER", default="eval", help="results folder (default: %(default)s)"
     )
