@@ -90,6 +90,12 @@ def _reach(seed: Mapping[int, float]) -> int:
 def page(results: Sequence[tuple[Run, Result]], command: str, picture: str, data: str) -> str:
     """The page in Markdown."""
     seeds = sorted({run["seed"] for run, _ in results})
+    over = (
+        f"as the mean of seeds {', '.join(map(str, seeds))} and, where they differ, the lowest and the "
+        "highest"
+        if len(seeds) > 1
+        else f"with seed {seeds[0]}"
+    )
     lines = [
         "# Figure 3a: PassKey by length, at toy size",
         "",
@@ -97,8 +103,7 @@ def page(results: Sequence[tuple[Run, Result]], command: str, picture: str, data
         "",
         "Small decoders from scratch read a key of a few digits in random filler and are asked for it "
         "at the end. Accuracy is the share of digits said right (chance: 0.10), over 32 keys that "
-        f"training never saw, as the mean of seeds {', '.join(map(str, seeds))} and, where they "
-        f"differ, the lowest and the highest. All numbers: [{data}]({data}).",
+        f"training never saw, {over}. All numbers: [{data}]({data}).",
         "",
         f"![Accuracy by length]({picture})",
         "",
