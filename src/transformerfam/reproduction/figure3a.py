@@ -106,7 +106,7 @@ PARTS = (
             Variant("M4", _windows(4)),
             Variant("FAM, decay 0.3", {**_FAM, "feedback_norm": "rms"}),
             Variant(
-                "FAM", {**_FAM, "feedback_norm": "rms"}, optimizer={"weight_decay": 3.0}, steps=3000
+                "FAM", {**_FAM, "feedback_norm": "rms"}, optimizer={"weight_decay": 3.0}, steps=2000
             ),
         ),
         trained=((1, "start"),),
