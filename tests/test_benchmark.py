@@ -46,6 +46,7 @@ def test_sizes_and_times_by_length() -> None:
     assert fam.against(fam) == 1.0
 
 
+@pytest.mark.slow
 def test_bench_prints_a_table_or_json(fam: Run, folder: str) -> None:
     args = ["--model", folder, "--lengths", "16,32", "--chunk", "16", "--full-limit", "16"]
     args += ["--block-size", "8", "--memory-segments", "1", "--fam-length", "2"]

@@ -217,7 +217,7 @@ def assert_exactly_the_same_run(ours: Path, theirs: Path) -> None:
 
 
 def test_a_run_that_is_killed_goes_on_exactly(table: dict[str, Any], tmp_path: Path) -> None:
-    options: dict[str, Any] = {"steps": 40, "checkpoint_every": 1}
+    options: dict[str, Any] = {"steps": 20, "checkpoint_every": 1}
     folder = tmp_path / "killed"
     recipe = of_kind(table, "documents", folder, **options)
     assert killed(recipe, 4, random.Random(0).uniform(0, 0.1)) == -signal.SIGKILL

@@ -98,7 +98,7 @@ def test_runs_that_are_done_are_not_done_again(tmp_path: Path) -> None:
         list(results_of(runs, count_calls, file, workers=1))
 
 
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_run_that_fails_says_why_and_loses_no_other(workers: int, tmp_path: Path) -> None:
     file = tmp_path / "runs.jsonl"
     runs = [{"n": 1, "fails": False}, {"n": 2, "fails": True}]
