@@ -30,6 +30,7 @@ def test_readers_share_weights_and_the_last_is_the_original() -> None:
         assert torch.equal(full.model(ids).logits, original)
 
 
+@pytest.mark.slow
 def test_sizes_and_times_by_length() -> None:
     model = convert(tiny(), CONFIG)
     seen = {}

@@ -272,6 +272,7 @@ def test_ctrl_c_saves_says_so_and_the_rest_follows(
     assert more["scored"] == 100
 
 
+@pytest.mark.slow
 def test_ctrl_c_while_waiting_reads_what_has_come(
     folder: str, tmp_path: Path, processes: list[subprocess.Popen[bytes]]
 ) -> None:

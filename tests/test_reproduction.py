@@ -88,7 +88,7 @@ def count_calls(run: dict[str, Any]) -> dict[str, Any]:
 def test_runs_that_are_done_are_not_done_again(tmp_path: Path) -> None:
     file = tmp_path / "runs.jsonl"
     runs = [{"n": n, "fails": False} for n in range(2)]
-    first = list(results_of(runs, count_calls, file, workers=2))
+    first = list(results_of(runs, count_calls, file, workers=1))
     assert sorted(result["twice"] for _, result, _ in first) == [0, 2]
     assert not any(kept for _, _, kept in first)
     again = list(results_of(runs, count_calls, file, workers=1))
