@@ -198,17 +198,11 @@ def _data(text: str) -> tuple[str, str]:
 
 def _filler(path: str | None) -> list[str]:
     from transformerfam.commands.demo import language_reference
-    from transformerfam.data.examples import BadRow
-    from transformerfam.data.files import open_rows
+    from transformerfam.data.files import plain_texts
 
     if path is None:
         return [language_reference()]
-    rows, texts = open_rows(path), []
-    for index in range(len(rows)):
-        try:
-            texts.append(str(rows[index]["text"]))
-        except (BadRow, KeyError):  # other rows will do
-            continue
+    texts = plain_texts(path)
     if not texts:
         raise UserError(f"{path} holds no plain text to hide things in.")
     return texts

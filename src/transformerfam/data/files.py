@@ -165,6 +165,17 @@ def open_rows(
     return rows
 
 
+def plain_texts(path: str) -> list[str]:
+    """The rows {text} of what `open_rows` opens; rows of other kinds are left out."""
+    rows, texts = open_rows(path), []
+    for index in range(len(rows)):
+        try:
+            texts.append(str(rows[index]["text"]))
+        except (BadRow, KeyError):  # other rows will do
+            continue
+    return texts
+
+
 # ---- parts
 
 
@@ -341,7 +352,7 @@ class _Table:
         try:
             table = datasets.Dataset.from_parquet(path)
         except Exception as error:  # the library's errors are of many classes
-            raise UserError(f"{path} is no parquet file: {_first_line(error)}.") from error
+            raise UserError(f"{path} is no parquet file: {first_line(error)}.") from error
         return cls(table, path, text_column)
 
     @classmethod
@@ -352,7 +363,7 @@ class _Table:
         except Exception as error:
             raise UserError(
                 f"There is no file or folder {name}, and no data set {name} with a split {split} "
-                f"could be loaded: {_first_line(error)}."
+                f"could be loaded: {first_line(error)}."
             ) from error
         return cls(table, name, text_column)
 
@@ -366,5 +377,6 @@ class _Table:
         return f"{self._name}:{index + 1}"
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """What an error of another library says, as a part of a sentence."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

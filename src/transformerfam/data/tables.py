@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from transformerfam.data.files import JSON_LINES
+from transformerfam.data.files import JSON_LINES, first_line
 from transformerfam.errors import UserError
 from transformerfam.extras import require
 
@@ -58,7 +58,7 @@ def _parquet(path: str) -> Iterator[Mapping[str, Any]]:
     try:
         table = datasets.Dataset.from_parquet(path)
     except Exception as error:  # the library's errors are of many classes
-        raise UserError(f"{path} is no parquet file: {_first_line(error)}.") from error
+        raise UserError(f"{path} is no parquet file: {first_line(error)}.") from error
     yield from table
 
 
@@ -68,11 +68,7 @@ def _from_hub(name: str, configuration: str | None, split: str) -> Iterator[Mapp
         table = datasets.load_dataset(name, configuration, split=split)
     except Exception as error:
         raise UserError(
-            f"The data set {name} could not be loaded from the hub ({_first_line(error)}); give a "
+            f"The data set {name} could not be loaded from the hub ({first_line(error)}); give a "
             "file of the same columns with --data."
         ) from error
     yield from table
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

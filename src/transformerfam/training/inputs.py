@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from transformerfam.data.examples import BadRow, Example, from_row, repeat_marker
-from transformerfam.data.files import Rows, open_rows
+from transformerfam.data.files import Rows, open_rows, plain_texts
 from transformerfam.data.passkey import DEFAULT_SENTENCES, PasskeyTexts
 from transformerfam.data.rows import (
     FileSource,
@@ -168,12 +168,7 @@ def _filler(path: str) -> Sequence[str]:
     """The texts at `path`, or the sentences of the literature."""
     if not path:
         return DEFAULT_SENTENCES
-    rows, texts = open_rows(path), []
-    for index in range(len(rows)):
-        try:
-            texts.append(rows[index]["text"])
-        except (BadRow, KeyError):  # other rows will do
-            continue
+    texts = plain_texts(path)
     if not texts:
         raise UserError(f"{path} holds no plain text to fill PassKey texts with.")
     return texts
