@@ -17,7 +17,17 @@ PACKAGE = Path(transformerfam.__file__).parent
 ORDER = [
     *("errors", "extras", "files", "report"),
     *("config", "masks", "rotary", "cost"),
-    *("attention", "memory", "memory_file", "plan", "indexing", "call", "feedback", "blocks"),
+    *(
+        "attention",
+        "layer_memory",
+        "memory",
+        "memory_file",
+        "plan",
+        "indexing",
+        "call",
+        "feedback",
+        "blocks",
+    ),
     *("probe", "layer", "modeling", "auto", "conversion", "embedded", "models"),
     *("text", "stream", "turns", "data", "plots", "benchmark"),
     *("tasks", "evaluate", "training", "reproduction"),

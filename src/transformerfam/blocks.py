@@ -18,7 +18,7 @@ from transformerfam.attention import AttentionMask, AttentionStyle, attend
 from transformerfam.call import Call, Reenter
 from transformerfam.feedback import Recurrence, fam_keys
 from transformerfam.indexing import columns_of, place, sliding, stop_gradient, unsqueeze
-from transformerfam.memory import KeyValue, LayerMemory
+from transformerfam.layer_memory import KeyValue, LayerMemory
 from transformerfam.rotary import Tables, rotate
 
 

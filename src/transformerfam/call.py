@@ -14,7 +14,8 @@ from torch import Tensor
 
 from transformerfam.attention import AttentionStyle
 from transformerfam.config import FamConfig
-from transformerfam.memory import LayerMemory, Memory
+from transformerfam.layer_memory import LayerMemory
+from transformerfam.memory import Memory
 from transformerfam.plan import CallPlan
 from transformerfam.rotary import Rotary, Tables
 

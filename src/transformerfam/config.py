@@ -128,6 +128,11 @@ class FamConfig:
         fams = self.previous_fams * self.fam_length
         return self.past_length + len(self.anchor_positions) + fams + self.block_size
 
+    @property
+    def extra_state(self) -> tuple[str, ...]:
+        """Names of the tensors that each layer keeps beside keys, values and FAM."""
+        return ()
+
     def receptive_field(self, layers: int) -> int | None:
         """Depth times window, in tokens, without feedback (section 2); None: unlimited."""
         if self.attention == "full":

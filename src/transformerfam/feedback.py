@@ -16,7 +16,7 @@ from transformerfam.attention import AttentionStyle, attend
 from transformerfam.call import Call, Reenter
 from transformerfam.config import FamConfig
 from transformerfam.indexing import members, merge, put, take, take_tables, unsqueeze
-from transformerfam.memory import KeyValue
+from transformerfam.layer_memory import KeyValue
 from transformerfam.rotary import Tables, rotate
 
 

@@ -7,7 +7,6 @@ row has read; it knows nothing of text, nor how the tensors in it are computed (
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,118 +14,12 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from transformerfam.config import FamConfig
+from transformerfam.layer_memory import LayerMemory
 
 if TYPE_CHECKING:
     import os
 
     from transformers import PreTrainedModel
-
-
-@dataclass(frozen=True)
-class KeyValue:
-    """Keys (R, Hk, L, D) and values (R, Hk, L, Dv) of the same L tokens or slots."""
-
-    keys: Tensor
-    values: Tensor
-
-    @staticmethod
-    def cat(parts: Sequence[KeyValue]) -> KeyValue:
-        """One after the other along L."""
-        return KeyValue(
-            torch.cat([p.keys for p in parts], 2), torch.cat([p.values for p in parts], 2)
-        )
-
-    def cut(self, start: int, end: int | None) -> KeyValue:
-        """Slots from `start` up to `end`."""
-        return KeyValue(self.keys[:, :, start:end], self.values[:, :, start:end])
-
-    def map(self, change: Callable[[Tensor], Tensor]) -> KeyValue:
-        """Both passed through `change`."""
-        return KeyValue(change(self.keys), change(self.values))
-
-    def zip(self, other: KeyValue, join: Callable[[Tensor, Tensor], Tensor]) -> KeyValue:
-        """Keys joined with keys, values with values."""
-        return KeyValue(join(self.keys, other.keys), join(self.values, other.values))
-
-
-LAYER_TENSORS = ("keys", "values", "anchor_keys", "fam")
-
-
-@dataclass(frozen=True)
-class LayerMemory:
-    """What one layer keeps. W = P + A + k·N + B slots, in this order:
-
-        [ past (P) | anchors (A) | FAMs, oldest first (k·N) | block being read (B) ]
-
-    Keys are rotated relative to the start of the block being read, so nothing in here depends on how
-    much was read before. Slots that are not filled yet hold zeros and are masked.
-
-    Attributes:
-        keys, values: (R, Hk, W, D) and (R, Hk, W, Dv).
-        anchor_keys: (R, Hk, A, D), the anchors' keys as they came, not rotated.
-        fam: (R, N, d), F of the last finished block.
-        owned: keys and values belong to this object alone, and no gradient needs them: free slots
-            may be filled in place.
-    """
-
-    keys: Tensor
-    values: Tensor
-    anchor_keys: Tensor
-    fam: Tensor
-    owned: bool = field(default=False, kw_only=True)
-
-    @classmethod
-    def empty(cls, config: FamConfig, key: Tensor, value: Tensor, hidden: Tensor) -> LayerMemory:
-        """A layer that has read nothing, of the shapes and types of its key, value and input."""
-        rows, heads, _, features = key.shape
-        # Full attention starts with no past and grows by whole blocks.
-        slots = (
-            config.replace(memory_segments=0, attention="bswa").slots
-            if config.slots is None
-            else config.slots
-        )
-        assert slots is not None
-        anchors = len(config.anchor_positions)
-        return cls(
-            keys=key.new_zeros(rows, heads, slots, features),
-            values=value.new_zeros(rows, heads, slots, value.shape[-1]),
-            anchor_keys=key.new_zeros(rows, heads, anchors, features),
-            fam=hidden.new_zeros(rows, config.fam_length, hidden.shape[-1]),
-            owned=not torch.is_grad_enabled(),
-        )
-
-    def named_tensors(self) -> list[tuple[str, Tensor]]:
-        """(name, tensor), in a fixed order."""
-        return [(name, getattr(self, name)) for name in LAYER_TENSORS]
-
-    def fit(self, key: Tensor, value: Tensor, hidden: Tensor) -> LayerMemory:
-        """This memory, ready for more tokens with such keys, values and layer inputs.
-
-        Raises:
-            ValueError: if they are of another shape or type.
-        """
-        for kept, new in ((self.keys, key), (self.values, value), (self.fam, hidden)):
-            same_shape = kept.shape[:-2] == new.shape[:-2] and kept.shape[-1] == new.shape[-1]
-            if not same_shape or kept.dtype != new.dtype or kept.device != new.device:
-                raise ValueError(
-                    "The memory was made by a model of another shape, type or device: it holds "
-                    f"{kept.dtype} {tuple(kept.shape)} on {kept.device}, and the model brings "
-                    f"{new.dtype} {tuple(new.shape)} on {new.device}."
-                )
-        if self.keys.is_inference() and not torch.is_inference_mode_enabled():
-            return self.map(Tensor.clone)
-        return self
-
-    @property
-    def tokens(self) -> KeyValue:
-        """Keys and values, all W slots."""
-        return KeyValue(self.keys, self.values)
-
-    def map(self, change: Callable[[Tensor], Tensor]) -> LayerMemory:
-        """Every tensor passed through `change`."""
-        return LayerMemory(
-            change(self.keys), change(self.values), change(self.anchor_keys), change(self.fam)
-        )
 
 
 class Memory(Cache):

@@ -21,7 +21,8 @@ from torch import Tensor
 
 from transformerfam.config import FamConfig
 from transformerfam.files import whole_file
-from transformerfam.memory import LAYER_TENSORS, LayerMemory, Memory
+from transformerfam.layer_memory import LayerMemory
+from transformerfam.memory import Memory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -225,12 +226,16 @@ def _assemble(
     on_device = {name: t.to(device) for name, t in tensors.items()}
     next_logits = on_device.pop("next_logits", None)
     if on_device or any(position):
-        names = [{name: f"{index}.{name}" for name in LAYER_TENSORS} for index in range(layers)]
+        kept = LayerMemory.names(config)
+        names = [{name: f"{index}.{name}" for name in kept} for index in range(layers)]
         if sorted(on_device) != sorted(full for layer in names for full in layer.values()):
             raise _damaged(path)
         if any(t.shape[0] != len(position) for t in on_device.values()):
             raise _damaged(path)
-        found = [LayerMemory(*(on_device[full] for full in layer.values())) for layer in names]
+        found = [
+            LayerMemory.from_tensors({name: on_device[full] for name, full in layer.items()})
+            for layer in names
+        ]
         memory.advance(found, position, next_logits)
     if "start" in header:
         start = json.loads(header["start"])

@@ -28,7 +28,8 @@ from torch.distributed.checkpoint.state_dict import (
 
 from transformerfam.errors import UserError
 from transformerfam.files import sync_folder
-from transformerfam.memory import LAYER_TENSORS, LayerMemory, Memory
+from transformerfam.layer_memory import LayerMemory
+from transformerfam.memory import Memory
 from transformerfam.training.steps import Carried
 
 _NAME = re.compile(r"step-(\d+)")
@@ -250,8 +251,9 @@ def _memory_of(
 ) -> Memory:
     memory = Memory.for_model(base, len(place["position"]))
     memory.offset = place["offset"]
+    names = LayerMemory.names(memory.config)
     layers = [
-        LayerMemory(*(tensors[f"{index}.{layer}.{name}"] for name in LAYER_TENSORS))
+        LayerMemory.from_tensors({name: tensors[f"{index}.{layer}.{name}"] for name in names})
         for layer in range(len(memory))
     ]
     memory.advance(layers, place["position"])
