@@ -18,18 +18,20 @@ from pathlib import Path
 from typing import Any
 
 from transformerfam import report
-from transformerfam.commands.demo import language_reference
 from transformerfam.reproduction.runs import Result, Run, results_of
+from transformerfam.text import language_reference
 
 GEOMETRY = {"block_size": 128, "memory_segments": 1, "fam_length": 8, "sink_tokens": 4}
 KEPT = {**GEOMETRY, "first_residual": "prompt"}
 # name: (geometry, what the prompt starts from, settings of [feedback])
 WAYS: dict[str, tuple[dict[str, Any], str, dict[str, Any]]] = {
     "BSWA": ({**GEOMETRY, "fam_length": 0}, "vocabulary", {}),
-    "paper": ({**GEOMETRY, "first_residual": "zero"}, "vocabulary", {}),
     "kept, start token": (KEPT, "start", {}),
     "kept, start token, bias from -32": (KEPT, "start", {"bias_start": -32.0}),
+    "paper": ({**GEOMETRY, "first_residual": "zero"}, "vocabulary", {}),
 }
+# The part of the steps over which a bias rises.
+RISES = 0.25
 
 
 def text_parts(path: str | None) -> tuple[str, str]:
@@ -53,7 +55,7 @@ def work(run: Run) -> Result:
 
     torch.set_num_threads(1)
     geometry, prompt, feedback = WAYS[run["way"]]
-    bias = {**feedback, "bias_steps": run["steps"] * 3 // 4 if feedback else 0}
+    bias = {**feedback, "bias_steps": round(run["steps"] * RISES) if feedback else 0}
     recipe = Recipe.from_dict(
         {
             "fam": geometry,
@@ -101,9 +103,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=Path("harmless.jsonl"))
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=12)
-    parser.add_argument("--length", type=int, default=1024, help="tokens of a step")
-    parser.add_argument("--asked", type=int, default=2048, help="tokens that are measured")
+    parser.add_argument("--steps", type=int, default=36)
+    parser.add_argument("--length", type=int, default=512, help="tokens of a step")
+    parser.add_argument("--asked", type=int, default=1024, help="tokens that are measured")
     parser.add_argument("--text", help="a text file instead of the language reference")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--biases", help="only the loss after conversion under these biases")
@@ -113,7 +115,7 @@ def main() -> None:
         print_by_bias([float(b) for b in args.biases.split(",")], args)
         return
     sizes = {"steps": args.steps, "length": args.length, "asked": args.asked, "text": args.text}
-    runs = [{"way": way, "seed": seed, **sizes} for seed in range(args.seeds) for way in WAYS]
+    runs = [{"way": way, "seed": seed, **sizes} for way in WAYS for seed in range(args.seeds)]
     found: dict[tuple[str, int], Result] = {}
     for run, result, kept in results_of(runs, work, args.output, workers=args.workers):
         found[run["way"], run["seed"]] = result

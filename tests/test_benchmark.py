@@ -12,6 +12,7 @@ from families import some_tokens, tiny
 
 from transformerfam import FamConfig, benchmark, convert, models
 from transformerfam.commands import demo
+from transformerfam.text import language_reference
 
 Run = Callable[..., tuple[int, str, str]]
 CONFIG = FamConfig.paper(block_size=8, memory_segments=1, fam_length=2)
@@ -83,6 +84,6 @@ def test_demo_reads_draws_and_says_that_feedback_is_untrained(
 
 
 def test_the_text_of_the_demo_is_long_and_english() -> None:
-    text = demo.language_reference()
+    text = language_reference()
     assert len(text) > 300_000
     assert " the " in text

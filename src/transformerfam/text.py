@@ -325,3 +325,10 @@ class Decoder:
             ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
         return text
+
+
+def language_reference() -> str:
+    """About 700 kB of English that every Python carries."""
+    from pydoc_data.topics import topics
+
+    return "\n\n".join(topics[name].strip() for name in sorted(topics))

@@ -84,15 +84,8 @@ def run(args: argparse.Namespace) -> int:
     return _draw(args.out, variants, sizes)
 
 
-def language_reference() -> str:
-    """About 700 kB of English that every Python carries."""
-    from pydoc_data.topics import topics
-
-    return "\n\n".join(topics[name].strip() for name in sorted(topics))
-
-
 def _token_ids(tokenizer: Any) -> Iterator[int]:
-    from transformerfam.text import TokenIds
+    from transformerfam.text import TokenIds, language_reference
 
     return iter(TokenIds(tokenizer, [language_reference()]))
 

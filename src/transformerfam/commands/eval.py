@@ -197,8 +197,8 @@ def _data(text: str) -> tuple[str, str]:
 
 
 def _filler(path: str | None) -> list[str]:
-    from transformerfam.commands.demo import language_reference
     from transformerfam.data.files import plain_texts
+    from transformerfam.text import language_reference
 
     if path is None:
         return [language_reference()]

@@ -1,4 +1,4 @@
-"""`fam reproduce`: make a figure of the paper again, at a size that fits the machine."""
+"""`fam reproduce`: make tables and figures of the paper again, at a size that fits the machine."""
 
 from __future__ import annotations
 
@@ -6,34 +6,50 @@ import argparse
 import shlex
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from transformerfam import report
 from transformerfam.commands import _options as options
 from transformerfam.errors import UserError
 
-HELP = "make a figure of the paper again: train, ask, draw"
+if TYPE_CHECKING:
+    from transformerfam.reproduction.experiment import Planned
+    from transformerfam.reproduction.page import Found, Page
+
+HELP = "make a table or figure of the paper again: train, ask, draw"
 
 EPILOG = """\
 examples:
   fam reproduce figure3a
-  fam reproduce figure3a --parts start --seeds 1
+  fam reproduce table5 table6 --seeds 1
+  fam reproduce all --out docs/reproduction
+  fam reproduce table5 --scale paper
 """
+_RUNS = "runs.jsonl"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `fam reproduce`."""
     parser.description = (
-        "Train what a figure of the paper compares, at toy size and from scratch, with several seeds; "
-        "ask; and write a page, a picture and the numbers. Each run is kept when it ends, so that the "
-        "same command goes on where it was interrupted."
+        "Train what a table or figure of the paper compares, with several seeds; ask; and write a page "
+        "(Markdown and HTML), a picture and the numbers, with the paper's numbers beside and what "
+        "held. Each run is kept when it ends, so that the same command goes on where it was "
+        "interrupted, and items that ask for the same run share it."
     )
     parser.epilog = EPILOG
-    parser.add_argument("figure", metavar="FIGURE", choices=["figure3a"], help="figure3a")
     parser.add_argument(
-        "--parts",
-        metavar="PARTS",
-        default="start,anywhere",
-        help="figure3a: `start`, the paper's; `anywhere`, what it does not ask (default: %(default)s)",
+        "items",
+        metavar="ITEM",
+        nargs="*",
+        help="figure1, figure3a, table5, ..., or all; without one they are listed",
+    )
+    parser.add_argument(
+        "--scale",
+        choices=["toy", "small", "paper"],
+        default="toy",
+        help="toy: from scratch, on two cores. small: SmolLM2, on one accelerator. paper: the "
+        "paper's shapes and hyperparameters, built without weights, planned and estimated "
+        "(default: %(default)s)",
     )
     parser.add_argument(
         "--seeds",
@@ -47,8 +63,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--lengths",
-        metavar="BLOCKS",
-        help="ask at these lengths, with commas between (default: 2 to 1024 blocks)",
+        metavar="LENGTHS",
+        help="ask at these lengths, with commas between: blocks, or tokens at the scale small",
     )
     parser.add_argument(
         "--workers",
@@ -61,75 +77,119 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--out",
         metavar="FOLDER",
         default="reproduction",
-        help="where page, picture and numbers go (default: %(default)s)",
+        help="where pages, pictures and numbers go (default: %(default)s)",
     )
     options.add_quiet(parser)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Do the runs that are missing; write the page."""
-    from transformerfam.reproduction import figure3a, figure3a_page
-    from transformerfam.reproduction.runs import results_of
+    """Make the pages that were asked for, one after the other."""
+    from transformerfam.reproduction.items import ITEMS
+    from transformerfam.reproduction.machine import MACHINE
 
-    parts = _names(args.parts, [p.name for p in figure3a.PARTS])
-    lengths = figure3a.LENGTHS if args.lengths is None else _lengths(args.lengths)
-    runs = figure3a.plan(parts, range(args.seeds), lengths, args.steps)
-    progress = report.Progress(quiet=args.quiet)
-    folder, began, done = Path(args.out), time.monotonic(), []
-    found = results_of(runs, figure3a.work, folder / "figure3a.runs.jsonl", workers=args.workers)
-    progress.passing(f"{len(runs)} runs ...")
-    for each, result, kept in found:
-        done.append((each, result))
-        if not kept:
-            progress.note(
-                f"{len(done)}/{len(runs)}   {each['part']}, {each['variant']}, seed {each['seed']}: "
-                f"loss {result['last_loss']:.3f}, {report.duration(result['seconds'])}"
-            )
-    order = {str(r): i for i, r in enumerate(runs)}
-    done.sort(key=lambda pair: order[str(pair[0])])
-    paths = figure3a_page.write(folder, done, _command(args))
-    print(_tables(done, parts))
-    print(
-        f"\nwrote {paths[0]}, {paths[1]} and {paths[2]} after "
-        f"{report.duration(time.monotonic() - began)}"
-    )
+    titles = {name: item.title for name, item in ITEMS.items()}
+    titles |= {name: (make.__doc__ or "").splitlines()[0] for name, make in MACHINE.items()}
+    if not args.items:
+        print(report.facts(sorted(titles.items())))
+        return 0
+    names = sorted(titles) if args.items == ["all"] else list(dict.fromkeys(args.items))
+    if unknown := [name for name in names if name not in titles]:
+        raise UserError(
+            f"There is no item {unknown[0]}; `fam reproduce` without one lists what there is."
+        )
+    folder = Path(args.out)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        reason = (error.strerror or str(error)).lower()
+        raise UserError(f"The folder {folder} cannot be made: {reason}.") from None
+    for name in names:
+        began = time.monotonic()
+        page = _page(name, args, folder)
+        paths = page.write(folder)
+        print("\n".join(page.lines))
+        print(
+            f"\nwrote {' and '.join(map(str, [*paths, *page.pictures]))} after "
+            f"{report.duration(time.monotonic() - began)}\n",
+            flush=True,
+        )
     return 0
 
 
-def _names(text: str, known: list[str]) -> list[str]:
-    names = [name.strip() for name in text.split(",") if name.strip()]
-    if not names or set(names) - set(known):
-        raise UserError(f"--parts takes {' and '.join(known)}, with commas between, not {text!r}.")
-    return names
+def _page(name: str, args: argparse.Namespace, folder: Path) -> Page:
+    from transformerfam.reproduction import page
+    from transformerfam.reproduction.items import ITEMS
+    from transformerfam.reproduction.machine import MACHINE, paper_page
+
+    command = _command(name, args)
+    if name in MACHINE:
+        return MACHINE[name](folder, command)
+    item = ITEMS[name]
+    if args.scale == "paper":
+        return paper_page(name, item, command)
+    found = _found(name, args, folder)
+    page.write_numbers(folder / f"{name}.json", found)
+    return page.item_page(name, item, found, command, folder)
 
 
-def _lengths(text: str) -> tuple[int, ...]:
+def _found(name: str, args: argparse.Namespace, folder: Path) -> Found:
+    """The runs of an item with their results, those that are missing made now."""
+    from transformerfam.reproduction import experiment, scales
+    from transformerfam.reproduction.items import ITEMS
+    from transformerfam.reproduction.runs import results_of
+
+    its, lengths = ITEMS[name].experiment, _lengths(args.lengths)
+    make, work = (
+        (experiment.plan, experiment.work)
+        if args.scale == "toy"
+        else (scales.small_plan, scales.small_work)
+    )
+    planned = list(make(its, range(args.seeds), lengths=lengths, steps=args.steps))
+    progress = report.Progress(quiet=args.quiet)
+    progress.passing(f"{name}: {len(planned)} runs ...")
+    results, made = [], 0
+    runs = [each.run for each in planned]
+    for run, result, kept in results_of(runs, work, folder / _RUNS, workers=args.workers):
+        results.append((run, result))
+        made += not kept
+        if not kept:
+            progress.note(_told(len(results), planned, run, result))
+    return [(each, next(r for run, r in results if run == each.run)) for each in planned]
+
+
+def _told(
+    done: int, planned: list[Planned], run: dict[str, object], result: dict[str, object]
+) -> str:
+    whose = next(each for each in planned if each.run == run)
+    seconds = result["seconds"]
+    assert isinstance(seconds, float)
+    return (
+        f"{done}/{len(planned)}   {whose.variant}, seed {whose.seed}: loss {result['last_loss']:.3f}, "
+        f"{report.duration(seconds)}"
+    )
+
+
+def _lengths(text: str | None) -> tuple[int, ...] | None:
+    if text is None:
+        return None
     try:
         lengths = sorted({int(part) for part in text.split(",")})
     except ValueError:
         lengths = []
-    if not lengths or lengths[0] < 2:
-        raise UserError(f"--lengths takes numbers of at least 2 with commas between, not {text!r}.")
+    if not lengths or lengths[0] < 1:
+        raise UserError(f"--lengths takes numbers of at least 1 with commas between, not {text!r}.")
     return tuple(lengths)
 
 
-def _command(args: argparse.Namespace) -> str:
+def _command(name: str, args: argparse.Namespace) -> str:
     """The command that makes the same page."""
-    words = ["fam", "reproduce", args.figure, "--parts", args.parts, "--seeds", str(args.seeds)]
+    words = ["fam", "reproduce", name]
+    if args.scale != "toy":
+        words += ["--scale", args.scale]
+    if args.seeds != 3:
+        words += ["--seeds", str(args.seeds)]
     if args.steps is not None:
         words += ["--steps", str(args.steps)]
     if args.lengths is not None:
         words += ["--lengths", args.lengths]
     return shlex.join(words)
-
-
-def _tables(done: list[tuple[dict[str, object], dict[str, object]]], parts: list[str]) -> str:
-    from transformerfam.reproduction import figure3a, figure3a_page
-
-    lines = []
-    for name in parts:
-        for keys, where in figure3a.part(name).asked:
-            curves = figure3a_page.curves_of(done, name, f"{keys} {where}")
-            lines += [f"trained on keys {name}, asked: {keys} {where}", ""]
-            lines += [report.table(*figure3a_page.table(curves)), ""]
-    return "\n".join([*lines, *figure3a_page.verdicts(done)])

@@ -7,25 +7,37 @@ digits. With several keys each has a name, and the query names one of them.
 from __future__ import annotations
 
 import random
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from transformerfam.config import FamConfig
 from transformerfam.conversion import convert
 from transformerfam.data.examples import Example
-from transformerfam.reproduction.figure3a import Part, Shape, Variant, Where
+from transformerfam.data.rows import Source
+from transformerfam.reproduction.experiment import Shape
+from transformerfam.reproduction.runs import Run
 from transformerfam.training.adaptation import adapt
 from transformerfam.training.probes import logits_from
 from transformerfam.training.recipe import Recipe
 from transformerfam.training.trainer import Trainer
 
+Where = Literal["start", "anywhere", "late"]
+
 # Token ids: 0 to 9 are digits.
 MARKER, QUERY, FIRST_NAME, FIRST_FILLER, VOCABULARY = 10, 11, 12, 16, 64
 
 
-def toy_model(config: FamConfig, shape: Shape, seed: int) -> Any:
+def toy_model(
+    config: FamConfig,
+    shape: Shape,
+    seed: int,
+    *,
+    vocabulary: int = VOCABULARY,
+    rope_theta: float = 10_000.0,
+) -> Any:
     """A TransformerFAM with random weights."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -35,8 +47,9 @@ def toy_model(config: FamConfig, shape: Shape, seed: int) -> Any:
         intermediate_size=4 * shape.width,
         num_hidden_layers=shape.layers,
         num_attention_heads=4,
-        vocab_size=VOCABULARY,
+        vocab_size=vocabulary,
         max_position_embeddings=shape.block,
+        rope_parameters={"rope_type": "default", "rope_theta": rope_theta},
     )
     # Of a model that has learned nothing no token is better to start from than another.
     return convert(LlamaForCausalLM(llama), config, prompt="vocabulary", seed=seed)
@@ -53,21 +66,26 @@ class ToyPasskeys:
             (while there are enough) before the last; `late`: the key asked for in the block before
             the last, the others anywhere. In its block a key always stands at the same place: what
             is to be learned is to remember, not to search.
-        most_blocks: (first step, most blocks of a text from there on), in order; the fewest are 2.
+        most_blocks: of a text; the fewest are 2.
         seed: of everything.
     """
 
     shape: Shape
     keys: int = 1
     where: Where = "start"
-    most_blocks: tuple[tuple[int, int], ...] = ((0, 6),)
+    most_blocks: int = 6
     seed: int = 0
+
+    @classmethod
+    def named(cls, shape: Shape, name: str, most_blocks: int = 6, seed: int = 0) -> ToyPasskeys:
+        """From a name such as "3 late"."""
+        keys, where = name.split()
+        return cls(shape, int(keys), where, most_blocks, seed)  # type: ignore[arg-type]
 
     def draw(self, number: int) -> Example:
         """The number-th text; row r of the batch reads r, r + rows, r + 2 · rows, ..."""
         step = number // self.shape.rows
-        most = next(most for first, most in reversed(self.most_blocks) if step >= first)
-        blocks = random.Random(f"{self.seed}/blocks/{step}").randint(2, most)
+        blocks = random.Random(f"{self.seed}/blocks/{step}").randint(2, self.most_blocks)
         return self.example(random.Random(f"{self.seed}/text/{number}"), blocks)
 
     def example(self, rng: random.Random, blocks: int) -> Example:
@@ -126,27 +144,52 @@ def digit_accuracy(model: Any, source: ToyPasskeys, blocks: int, count: int) -> 
     return float((logits[:, :-1].argmax(-1) == ids[:, -digits:]).float().mean())
 
 
-def trained(part: Part, variant: Variant, seed: int, steps: int) -> tuple[Any, list[float]]:
-    """A toy model that has learned, and the loss of each step."""
-    shape = part.shape
+def trained(run: Run) -> tuple[Any, list[float]]:
+    """A toy model that has learned, and the loss of each step; see `experiment.plan`."""
+    shape = Shape(**run["shape"])
+    sources = tuple(
+        ToyPasskeys.named(shape, name, run["most_blocks"], run["seed"]) for name in run["trained"]
+    )
+    return train(run, TakingTurns(sources), VOCABULARY)
+
+
+def train(run: Run, source: Source, vocabulary: int) -> tuple[Any, list[float]]:
+    """A toy model of that vocabulary from scratch, trained on a source as the run says."""
+    recipe, shape = recipe_of(run), Shape(**run["shape"])
+    model = toy_model(recipe.fam, shape, run["seed"], vocabulary=vocabulary, **run["model"])
+    adapt(model, recipe.train, run["seed"])
+    losses = Trainer(recipe, model, source, quiet=True).run().losses
+    return model, [loss for loss in losses if loss is not None]
+
+
+def recipe_of(run: Run) -> Recipe:
+    """How a toy is trained."""
+    shape = Shape(**run["shape"])
     geometry = {"block_size": shape.block, "sink_tokens": 0, "first_residual": "zero"}
-    recipe = Recipe.from_dict(
+    return Recipe.from_dict(
         {
-            "fam": {**geometry, **variant.fam},
+            "fam": {**geometry, **run["fam"]},
             "train": {"what": "full"},
             "data": {
                 "layout": "single",
-                "length": part.longest_trained * shape.block,
+                "length": run["most_blocks"] * shape.block,
                 "batch_size": shape.rows,
             },
-            "optimizer": {"beta2": 0.999, **part.optimizer, **variant.optimizer},
+            "optimizer": {"beta2": 0.999, **run["optimizer"]},
             # A model that has learned nothing cannot be harmed.
-            "feedback": {"bias_steps": 0, **variant.feedback},
-            "run": {"steps": steps, "seed": seed, "activation_checkpointing": False},
+            "feedback": {"bias_steps": 0, **run["feedback"]},
+            "run": {"steps": run["steps"], "seed": run["seed"], "activation_checkpointing": False},
         }
     )
-    lengths = tuple((round(share * steps), most) for share, most in part.lengths)
-    sources = [ToyPasskeys(shape, keys, where, lengths, seed) for keys, where in part.trained]
-    model = adapt(toy_model(recipe.fam, shape, seed), recipe.train, seed)
-    losses = Trainer(recipe, model, TakingTurns(tuple(sources)), quiet=True).run().losses
-    return model, [loss for loss in losses if loss is not None]
+
+
+def asked(model: Any, run: Run) -> Mapping[str, Mapping[str, float]]:
+    """What was asked -> blocks -> share of digits said right."""
+    shape = Shape(**run["shape"])
+    return {
+        name: {
+            str(blocks): digit_accuracy(model, ToyPasskeys.named(shape, name), blocks, run["count"])
+            for blocks in run["lengths"]
+        }
+        for name in run["asked"]
+    }

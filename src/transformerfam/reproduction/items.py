@@ -1,0 +1,328 @@
+"""The tables and figures of the paper that toys are trained for: what is compared, and what is claimed.
+
+A claim says that one variant does better than another. It is judged on our own numbers, seed by seed;
+the paper's stand beside it. Machine measurements, drawings and shapes are in `machine`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from transformerfam.reproduction.experiment import Experiment, Shape, Variant
+
+
+@dataclass(frozen=True)
+class Claim:
+    """`more` does better than `less`.
+
+    Attributes:
+        more, less: variants.
+        asked: by which question; empty: the experiment's first.
+        within: over the lengths of training too; else only over longer ones.
+    """
+
+    more: str
+    less: str
+    asked: str = ""
+    within: bool = False
+
+
+@dataclass(frozen=True)
+class Item:
+    """A table or figure.
+
+    Attributes:
+        title: what it is in the paper.
+        about: what is compared here, in place of what the paper compares.
+        experiment: what is trained and asked.
+        claims: what the paper says of it.
+        paper: tables of the paper to show beside it.
+        said: what the paper says of a curve that has no printed values.
+    """
+
+    title: str
+    about: str
+    experiment: Experiment
+    claims: tuple[Claim, ...] = ()
+    paper: tuple[str, ...] = ()
+    said: str = ""
+
+
+def _windows(segments: int, **more: Any) -> dict[str, Any]:
+    return {"memory_segments": segments, "fam_length": 0, **more}
+
+
+def _fam(**more: Any) -> dict[str, Any]:
+    return {"memory_segments": 0, "fam_length": 8, "feedback_norm": "rms", **more}
+
+
+_SHAPE = Shape(width=64, layers=2, block=16, digits=2, rows=32)
+_OPTIMIZER: Mapping[str, Any] = {
+    "learning_rate": 2e-3,
+    "weight_decay": 0.3,
+    "schedule": "cosine",
+}
+_FAR = (2, 3, 4, 8, 16, 32, 64, 150, 300, 600, 1024)
+_NEAR = (2, 3, 4, 6, 8, 12, 16, 24, 32, 64)
+
+# Table 4's memory of PassKey: 64 slots and no segments. A toy has 8 slots, and its FAM is rescaled,
+# without which so small a model learns nothing.
+FAM = Variant("FAM", _fam())
+M0, M1, M2, M4 = (Variant(f"M{m}", _windows(m)) for m in (0, 1, 2, 4))
+
+_ABLATION = Experiment(
+    variants=(),
+    asked=("1 start",),
+    steps=600,
+    most_blocks=3,
+    lengths=_NEAR,
+    shape=_SHAPE,
+    optimizer=_OPTIMIZER,
+)
+
+
+def _ablation(*variants: Variant, **changes: Any) -> Experiment:
+    return replace(_ABLATION, variants=variants, **changes)
+
+
+_PASSKEY = "Toy PassKey: a key in the first block, then random filler; trained on 2 and 3 blocks."
+_PASSING = {"state_passing": 0.5, "state_passing_delay": 750}
+_SMALL = {"memory_segments": 0, "fam_length": 4}
+
+ITEMS: dict[str, Item] = {
+    "figure3a": Item(
+        title="Figure 3a: PassKey by length, windows and FAM",
+        about=_PASSKEY,
+        said="FAM stays at accuracy 1.0 to 260k tokens, trained on fillers of 2k to 18k. Windows get "
+        "better up to two memory segments and then no more; a stopped gradient (M1_SG) reaches hardly "
+        "past its window, and with its gradient M1 reaches further.",
+        experiment=Experiment(
+            variants=(
+                M0,
+                Variant("M1_SG", _windows(1, stop_gradient=True)),
+                M1,
+                M2,
+                M4,
+                Variant("FAM, decay 0.3", _fam()),
+                # A decay of 3 keeps logits small and the loss from ending at 0: what is written has
+                # to stand out of all else that is in FAM, and then it stands long. Windows learn
+                # nothing with it.
+                Variant("FAM", _fam(), optimizer={"weight_decay": 3.0}, steps=2000),
+            ),
+            asked=("1 start",),
+            steps=1000,
+            most_blocks=3,
+            lengths=_FAR,
+            shape=_SHAPE,
+            optimizer=_OPTIMIZER,
+        ),
+        claims=(
+            Claim("M1", "M1_SG", within=True),
+            Claim("M2", "M1"),
+            Claim("M4", "M2"),
+            Claim("FAM", "M4"),
+        ),
+    ),
+    "anywhere": Item(
+        title="Keys anywhere, and three of them: what PassKey does not ask",
+        about="Toy PassKey with one key or three, each in any block, trained on 2 to 6 blocks; asked "
+        "when they were seen in the first blocks and when they were seen late.",
+        experiment=Experiment(
+            variants=(
+                Variant("FAM", _SMALL),
+                Variant("FAM, rms", {**_SMALL, "feedback_norm": "rms"}),
+                Variant("FAM, passing", _SMALL, _PASSING),
+                Variant("FAM, rms, passing", {**_SMALL, "feedback_norm": "rms"}, _PASSING),
+            ),
+            trained=("1 anywhere", "3 anywhere"),
+            asked=("1 late", "1 start", "3 late", "3 start"),
+            steps=1500,
+            most_blocks=6,
+            lengths=_FAR,
+            shape=_SHAPE,
+            optimizer=_OPTIMIZER,
+        ),
+        claims=(
+            Claim("FAM, rms", "FAM", "1 late"),
+            Claim("FAM, rms", "FAM", "1 start"),
+            Claim("FAM, passing", "FAM", "1 late"),
+            Claim("FAM, rms, passing", "FAM, rms", "1 late"),
+        ),
+    ),
+    "table5": Item(
+        title="Table 5: FAM length",
+        about=_PASSKEY,
+        experiment=_ablation(
+            *(
+                Variant(f"N = {n}", _fam(fam_length=n), paper={"fam_length": paper})
+                for n, paper in ((1, 4), (2, 16), (4, 64), (8, 256), (16, 1024))
+            )
+        ),
+        claims=(Claim("N = 4", "N = 1"), Claim("N = 4", "N = 16")),
+        paper=("table05_fam_length",),
+    ),
+    "table6": Item(
+        title="Table 6: how many past FAMs a block sees",
+        about=_PASSKEY,
+        experiment=_ablation(
+            *(
+                Variant("FAM" if k == 1 else f"{k} FAMs", _fam(previous_fams=k))
+                for k in (1, 2, 3, 4, 6)
+            )
+        ),
+        claims=(Claim("FAM", "4 FAMs"), Claim("6 FAMs", "FAM")),
+        paper=("table06_fam_blocks",),
+    ),
+    "table7": Item(
+        title="Table 7: the position of FAM",
+        about=_PASSKEY,
+        experiment=_ablation(
+            FAM,
+            Variant("float", _fam(fam_position="float")),
+            Variant("zero", _fam(fam_position="zero"), {"position_offset": 0.5}),
+            Variant("query at block end", _fam(fam_query_position="block_end")),
+        ),
+        claims=(Claim("FAM", "float"), Claim("FAM", "zero")),
+        paper=("table07_fam_position",),
+    ),
+    "table8": Item(
+        title="Table 8: TransformerXL's mask against block sliding windows",
+        about=_PASSKEY,
+        experiment=_ablation(
+            Variant("BSWA", _windows(1)),
+            Variant("XL", _windows(1, attention="xl")),
+            Variant("SWA", _windows(1, attention="swa", window=16)),
+        ),
+        claims=(Claim("BSWA", "XL", within=True),),
+        paper=("table08_xl",),
+    ),
+    "table9": Item(
+        title="Table 9 and figure 9: feedback memory segments, static summaries",
+        about=_PASSKEY,
+        experiment=_ablation(
+            M1,
+            M2,
+            M4,
+            *(Variant(f"FM{m}", _windows(m, memory_source="output")) for m in (1, 2, 4)),
+            Variant("SUM FAM", _fam(fam_query="static")),
+            FAM,
+        ),
+        claims=(
+            Claim("FM1", "M1"),
+            Claim("FM2", "M2"),
+            Claim("FM4", "M4"),
+            Claim("FAM", "FM4"),
+            Claim("FAM", "SUM FAM"),
+        ),
+        paper=("table09_feedback_memory",),
+        said="Figure 9, PassKey: FAM holds; FM1, FM2, FM4 beat M1, M2, M4 and fall well short of FAM; "
+        "static summary queries fail.",
+    ),
+    "figure7": Item(
+        title="Figure 7: RMT and AutoCompressors, and two more memories",
+        about=_PASSKEY + " Infini-attention and a linear-attention model are not in the paper.",
+        experiment=_ablation(
+            M1,
+            Variant("RMT", {**_SMALL, "fam_length": 8, "recurrence": "rmt"}),
+            Variant("AutoCompressors", {**_SMALL, "fam_length": 8, "recurrence": "autocompressor"}),
+            Variant("Infini-attention", _windows(0, compressive_memory="linear")),
+            Variant("linear attention", {}, model={"architecture": "linear"}),
+            FAM,
+        ),
+        claims=(
+            Claim("FAM", "M1"),
+            Claim("M1", "RMT"),
+            Claim("FAM", "RMT"),
+            Claim("FAM", "AutoCompressors"),
+        ),
+        said="PassKey: FAM holds to 260k; BSWA with one segment falls earlier; RMT is below BSWA; "
+        "AutoCompressors drops sharply after 18k, the longest length trained on.",
+    ),
+    "figure5": Item(
+        title="Figure 5: what FAM needs, by rotary base",
+        about=_PASSKEY + " The paper measures PG-19.",
+        experiment=_ablation(
+            FAM,
+            *(
+                Variant(f"base {base:,}", _fam(), model={"rope_theta": float(base)})
+                for base in (100, 1000, 100_000)
+            ),
+            Variant("passing 0.5", _fam(), {"state_passing": 0.5, "state_passing_delay": 300}),
+            Variant("offset 0.5", _fam(), {"position_offset": 0.5}),
+            Variant("zero", _fam(fam_position="zero"), {"position_offset": 0.5}),
+            Variant("prefix", _fam(fam_start="prefix")),
+        ),
+        claims=(
+            Claim("passing 0.5", "FAM"),
+            Claim("offset 0.5", "FAM"),
+            Claim("FAM", "zero"),
+            Claim("FAM", "prefix"),
+            Claim("FAM", "base 100"),
+        ),
+        said="PG-19: full FAM is best at base 10k; leaving out random position offset, leaving out "
+        "random state passing, FAM at position zero, and prefix instead of prompt are each below it; "
+        "leaving out random state passing costs most.",
+    ),
+    "figure6": Item(
+        title="Figure 6: how often the state is passed",
+        about=_PASSKEY
+        + " The state is passed from half of the training on. The paper measures PG-19.",
+        experiment=_ablation(
+            *(
+                Variant(f"p = {p:g}", _fam(), {"state_passing": p, "state_passing_delay": 300})
+                for p in (0.0, 0.2, 0.5, 0.8, 1.0)
+            )
+        ),
+        claims=(Claim("p = 0.8", "p = 0"), Claim("p = 0.8", "p = 1")),
+        said="PG-19: best at 0.8.",
+    ),
+    "losses": Item(
+        title="C.4 and C.5: diversity and reconstruction losses",
+        about=_PASSKEY,
+        experiment=_ablation(
+            FAM,
+            Variant("diversity", _fam(), {"diversity_weight": 0.1}),
+            Variant("reconstruction", _fam(), {"reconstruction_weight": 0.1}),
+        ),
+        claims=(Claim("diversity", "FAM"), Claim("reconstruction", "FAM")),
+        said="Neither helps.",
+    ),
+    "table11": Item(
+        title="Tables 1 and 11, figures 3b and 5: whole documents, windows of several sizes and FAM",
+        about="Toy prose: the next byte of the Python language reference, trained on stretches of 8 "
+        "blocks of 32 bytes. Of the paper's tasks it stands for PG-19 and Isabelle; questions and "
+        "summaries need a pretrained model (`fam eval`).",
+        experiment=Experiment(
+            kind="text",
+            variants=(
+                M0,
+                M1,
+                M2,
+                M4,
+                Variant("M8", _windows(8)),
+                Variant("FAM", _fam(memory_segments=1)),
+            ),
+            asked=("text",),
+            steps=500,
+            most_blocks=8,
+            lengths=(1, 2, 4, 8, 16, 32, 64, 128),
+            shape=Shape(width=64, layers=2, block=32, digits=0, rows=16),
+            optimizer={"learning_rate": 3e-3, "weight_decay": 0.1, "schedule": "cosine"},
+            count=8,
+        ),
+        claims=(
+            Claim("M1", "M0"),
+            Claim("M2", "M8"),
+            Claim("FAM", "M1"),
+            Claim("FAM", "M8"),
+        ),
+        paper=("table01_lct_8b_24b", "table11_lct_1b"),
+    ),
+}
+# Shown by the same runs.
+ITEMS["table1"] = replace(ITEMS["table11"], title="Table 1: long-context tasks at 8B and 24B")
+ITEMS["figure3b"] = replace(
+    ITEMS["table11"], title="Figure 3b: long-context tasks, by windows and FAM"
+)

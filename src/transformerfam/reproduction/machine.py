@@ -1,0 +1,195 @@
+"""Tables and figures for which nothing is trained: drawings, shapes, and what this machine measures."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from transformerfam import report
+from transformerfam.config import FamConfig
+from transformerfam.reproduction import scales
+from transformerfam.reproduction.experiment import Experiment
+from transformerfam.reproduction.items import Item
+from transformerfam.reproduction.page import Page, markdown_table, papers_table, papers_tables
+
+FLOPS_OF_AN_ACCELERATOR = 4e14  # an H100 in bfloat16, at two fifths of its peak
+BENCH_LENGTHS = (2048, 4096, 8192, 16_384, 32_768)
+
+
+def figure1(folder: Path, command: str) -> Page:
+    """Figures 1 and 2: attention patterns, drawn from the predicates that the code computes with."""
+    from transformerfam.plots import draw_masks
+
+    page = Page("figure1", ["# Figures 1 and 2: attention patterns", "", f"    {command}", ""])
+    picture = folder / "figure1.png"
+    draw_masks(picture)
+    page.pictures.append(picture)
+    page.lines += [
+        "Who sees whom in sliding window attention, block sliding window attention, and TransformerFAM. "
+        "Drawn from the predicates of `transformerfam.masks`, with which the model computes and of "
+        "which tests compare each with a plain definition.",
+        "",
+        f"![Attention patterns]({picture.name})",
+    ]
+    return page
+
+
+def table3(folder: Path, command: str) -> Page:
+    """Tables 3 and 4: shapes and hyperparameters, built without weights."""
+    config = FamConfig.paper()
+    rows = []
+    for shape in scales.PAPER_MODELS:
+        weights = scales.count_weights(shape, config)
+        rows.append(
+            [
+                shape.name,
+                *(report.short(weights[k]) for k in ("all", "layers", "lora")),
+                report.count(weights["prompt"]),
+                f"{weights['prompt'] / weights['all']:.4%}",
+            ]
+        )
+    header = ["model", "weights", "of its layers", "LoRA of rank 64", "FAM prompt", "of all"]
+    return Page(
+        "table3",
+        [
+            "# Tables 3 and 4: shapes and hyperparameters",
+            "",
+            f"    {command}",
+            "",
+            "The three sizes of table 3, built without weights as Llama decoders with PaLM's vocabulary "
+            "(the paper's own are Flan-PaLM, whose layers differ). A conversion adds the prompt and "
+            "nothing else. The recipe `paper` has the hyperparameters of table 4.",
+            "",
+            markdown_table(header, rows),
+            "",
+            *papers_tables(["table03_architecture", "table04_hyperparameters"]),
+        ],
+    )
+
+
+def table10(folder: Path, command: str) -> Page:
+    """Table 10: what the long-context tasks are."""
+    from transformerfam.tasks import TASKS
+
+    rows = [[f"`{name}`", task.about, task.source] for name, task in TASKS.items()]
+    return Page(
+        "table10",
+        [
+            "# Table 10: the tasks",
+            "",
+            f"    {command}",
+            "",
+            "The tasks of `fam eval`, the paper's long-context tasks among them; their data comes from "
+            "the hub or from local files.",
+            "",
+            markdown_table(["task", "what it asks", "after"], rows),
+            "",
+            *papers_tables(["table10_lct_tasks"]),
+        ],
+    )
+
+
+def table13(folder: Path, command: str, lengths: Sequence[int] = BENCH_LENGTHS) -> Page:
+    """Tables 13 and 14: memory and time by length, FAM against BSWA."""
+    from transformerfam import benchmark
+    from transformerfam.models import load
+
+    config = FamConfig.paper(sink_tokens=4)
+    model, _ = load(config=config)
+    rows = []
+    for length, readers in benchmark.run(model, config, lengths, skip_full_beyond=1):
+        fam, bswa = readers[0], readers[1]
+        peaks = [report.size(r.peak_bytes[length] or 0) for r in (fam, bswa)]
+        rows.append(
+            [
+                report.count(length),
+                f"{fam.prefill_seconds[length]:.1f} s",
+                f"{bswa.prefill_seconds[length]:.1f} s",
+                f"{fam.against(bswa):.2f}",
+                *peaks,
+                report.size(fam.state_bytes[length]),
+            ]
+        )
+    header = ["tokens", "FAM", "BSWA", "ratio", "FAM, peak", "BSWA, peak", "FAM, state"]
+    return Page(
+        "table13",
+        [
+            "# Tables 13 and 14: memory and time by length",
+            "",
+            f"    {command}",
+            "",
+            "SmolLM2-135M-Instruct on this machine reads random tokens, block 1024, 3 memory segments, "
+            "64 slots; FAM and BSWA take turns chunk by chunk. The ratio is the median over chunks. "
+            "Peaks are above the weights.",
+            "",
+            markdown_table(header, rows),
+            "",
+            "The paper's ratios of time: "
+            + ", ".join(f"{length} {ratio:.3f}" for length, ratio in _papers_ratios())
+            + ".",
+            "",
+            *papers_tables(["table13_memory", "table14_time"]),
+        ],
+    )
+
+
+def _papers_ratios() -> list[tuple[str, float]]:
+    header, rows = papers_table("table14_time")
+    bswa, fam = ([float(cell) for cell in row[1:]] for row in rows)
+    return [(n, f / b) for n, f, b in zip(header[1:], fam, bswa, strict=True)]
+
+
+# name -> what makes its page in a folder for a command
+MACHINE: dict[str, Callable[[Path, str], Page]] = {
+    "figure1": figure1,
+    "figure2": figure1,
+    "table3": table3,
+    "table4": table3,
+    "table10": table10,
+    "table13": table13,
+    "table14": table13,
+}
+
+
+def paper_page(name: str, item: Item, command: str) -> Page:
+    """An item at the paper's size: every variant on every model of table 3, planned and estimated."""
+    training = scales.PASSKEY if item.experiment.kind == "passkey" else scales.TUNING
+    header = ["variant", "model", "state of a stream", "trained tokens", "operations", "days"]
+    rows = [
+        row for variant in _of_the_paper(item.experiment) for row in _estimates(variant, training)
+    ]
+    return Page(
+        f"{name}-paper",
+        [
+            f"# {item.title}, at the paper's size",
+            "",
+            f"    {command}",
+            "",
+            f"{training['steps']:,} steps of {training['rows']} texts of up to {training['longest']:,} "
+            "tokens, LoRA of rank 64, Adafactor (table 4, section 3.1). Models are built without "
+            "weights; nothing is trained. Days are those of one accelerator that does "
+            f"{FLOPS_OF_AN_ACCELERATOR:.0e} operations a second.",
+            "",
+            markdown_table(header, rows),
+            "",
+            *papers_tables(item.paper),
+        ],
+    )
+
+
+def _of_the_paper(its: Experiment) -> list[tuple[str, FamConfig]]:
+    return [
+        (v.name, scales.paper_geometry(v)) for v in its.variants if "architecture" not in v.model
+    ]
+
+
+def _estimates(variant: tuple[str, FamConfig], training: dict[str, int]) -> list[list[str]]:
+    name, config = variant
+    rows = []
+    for shape in scales.PAPER_MODELS:
+        need = scales.estimate(shape, config, training)
+        days = need["flops"] / FLOPS_OF_AN_ACCELERATOR / 86_400
+        state = report.size(need["bytes"]) if need["bytes"] else "grows"
+        tokens, operations = report.short(need["tokens"]), f"{need['flops']:.1e}"
+        rows.append([name, shape.name, state, tokens, operations, f"{days:.1f}"])
+    return rows

@@ -1,0 +1,247 @@
+"""What a reproduction found, as a page in Markdown and in HTML, with a picture and the numbers."""
+
+from __future__ import annotations
+
+import base64
+import csv
+import html
+import json
+import re
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.resources import files
+from pathlib import Path
+
+from transformerfam import report
+from transformerfam.extras import require
+from transformerfam.files import whole_file
+from transformerfam.plots import Curve, draw_curves
+from transformerfam.reproduction.experiment import Experiment, Planned
+from transformerfam.reproduction.items import Claim, Item
+from transformerfam.reproduction.runs import Result
+
+ASKED = {
+    "1 start": "one key, at the start",
+    "1 late": "one key, seen late",
+    "3 start": "three keys, all at the start",
+    "3 late": "three keys, the one asked seen late",
+    "text": "bytes of prose, by place",
+}
+# variant -> for each seed, share right by length
+Curves = dict[str, list[dict[int, float]]]
+Found = Sequence[tuple[Planned, Result]]
+
+
+@dataclass
+class Page:
+    """A page that is being made.
+
+    Attributes:
+        name: of its files.
+        lines: in Markdown; pictures by the name of their file.
+        pictures: files beside it.
+    """
+
+    name: str
+    lines: list[str] = field(default_factory=list)
+    pictures: list[Path] = field(default_factory=list)
+
+    def write(self, folder: Path) -> list[Path]:
+        """Write NAME.md and NAME.html; returns their paths."""
+        text = "\n".join(self.lines).rstrip() + "\n"
+        paths = [folder / f"{self.name}.md", folder / f"{self.name}.html"]
+        for path, content in zip(paths, (text, self._html(text)), strict=True):
+            with whole_file(path) as beside:
+                beside.write_text(content, encoding="utf-8")
+        return paths
+
+    def _html(self, text: str) -> str:
+        """One file without anything beside it."""
+        markdown = require("markdown", "plot")
+        body = markdown.markdown(text, extensions=["tables", "sane_lists"])
+        for picture in self.pictures:
+            inline = base64.b64encode(picture.read_bytes()).decode()
+            body = body.replace(f'src="{picture.name}"', f'src="data:image/png;base64,{inline}"')
+        template = files("transformerfam.reproduction").joinpath("page.html").read_text("utf-8")
+        title = html.escape(text.splitlines()[0].lstrip("# "))
+        return template.replace("{{title}}", title).replace("{{body}}", body)
+
+
+# ---- numbers
+
+
+def curves_of(its: Experiment, found: Found, asked: str) -> Curves:
+    """What was found for one question, by variant, seeds in order."""
+    curves: Curves = {variant.name: [] for variant in its.variants}
+    for planned, result in sorted(found, key=lambda pair: pair[0].seed):
+        by_length = result["accuracy"][asked]
+        curves[planned.variant].append({int(n): share for n, share in by_length.items()})
+    return {variant: seeds for variant, seeds in curves.items() if seeds}
+
+
+def table(curves: Curves) -> tuple[list[str], list[list[str]]]:
+    """Header and rows: mean over seeds and, where seeds differ, lowest to highest."""
+    lengths = sorted(next(iter(curves.values()))[0])
+    rows = [
+        [variant, *(_cell([seed[n] for seed in seeds]) for n in lengths)]
+        for variant, seeds in curves.items()
+    ]
+    return ["blocks", *map(str, lengths)], rows
+
+
+def _cell(values: Sequence[float]) -> str:
+    low, high = min(values), max(values)
+    mean = f"{statistics.mean(values):.2f}"
+    return mean if high - low < 0.005 else f"{mean} ({low:.2f}–{high:.2f})"
+
+
+def judge(claim: Claim, its: Experiment, curves: Curves) -> str:
+    """Whether a claim held here, in one sentence."""
+    lengths = [n for n in next(iter(curves.values()))[0] if claim.within or n > its.most_blocks]
+    if not lengths or {claim.more, claim.less} - set(curves):
+        return f"{claim.more} against {claim.less}: not measured."
+    more, less = (
+        [statistics.mean(seed[n] for n in lengths) for seed in curves[name]]
+        for name in (claim.more, claim.less)
+    )
+    wins = sum(a > b for a, b in zip(more, less, strict=True))
+    where = "all lengths" if claim.within else "lengths beyond those trained on"
+    means = f"{statistics.mean(more):.3f} against {statistics.mean(less):.3f} over {where}"
+    seeds = len(more)
+    if wins == seeds:
+        verdict = "held" if seeds > 1 else "held with the one seed"
+    elif wins == 0:
+        verdict = "did not hold"
+    else:
+        verdict = f"is open ({wins} of {seeds} seeds)"
+    question = f" ({ASKED[claim.asked]})" if claim.asked else ""
+    return f"That {claim.more} does better than {claim.less}{question} **{verdict}**: {means}."
+
+
+def reach_of(its: Experiment, curves: Curves) -> list[str]:
+    """How far each variant that goes past its training is right, in its worst seed."""
+    lines = []
+    for name, seeds in curves.items():
+        worst = {n: min(seed[n] for seed in seeds) for n in seeds[0]}
+        whole = _reached(worst, 0.995)
+        if whole > its.most_blocks:
+            half = _reached(worst, 0.5)
+            lines.append(
+                f"{name} makes no mistake in any seed up to {whole} blocks, "
+                f"{whole / its.most_blocks:.3g} times the longest text it was trained on, and says half "
+                f"of the digits up to {half}."
+            )
+    return lines
+
+
+def _reached(worst: Mapping[int, float], share: float) -> int:
+    """The greatest length up to which so much is right; 0: not even the shortest."""
+    reached = 0
+    for blocks in sorted(worst):
+        if worst[blocks] < share:
+            break
+        reached = blocks
+    return reached
+
+
+# ---- the page of an item
+
+
+def item_page(name: str, item: Item, found: Found, command: str, folder: Path) -> Page:
+    """The page of a table or figure that toys were trained for; draws its picture."""
+    its = item.experiment
+    page = Page(name)
+    seeds = sorted({planned.seed for planned, _ in found})
+    page.lines = [f"# {item.title}", "", f"    {command}", "", item.about, "", _how(its, found), ""]
+    curves = {asked: curves_of(its, found, asked) for asked in its.asked}
+    first = curves[its.asked[0]]
+    verdicts = reach_of(its, first) if its.kind == "passkey" else []
+    verdicts += [judge(claim, its, curves[claim.asked or its.asked[0]]) for claim in item.claims]
+    page.lines += ["## What held here", "", *(f"- {line}" for line in verdicts), ""]
+    if item.said:
+        page.lines += [f"The paper: {item.said}", ""]
+    picture = folder / f"{name}.png"
+    draw(picture, its, curves)
+    page.pictures.append(picture)
+    page.lines += [f"![Share right by blocks read]({picture.name})", ""]
+    over = "the mean of the seeds and, where they differ, the lowest and the highest"
+    page.lines += [
+        "## Our numbers",
+        "",
+        f"Share right, {over if len(seeds) > 1 else f'seed {seeds[0]}'}. "
+        f"All of it: [{name}.json]({name}.json).",
+        "",
+    ]
+    for asked, of_asked in curves.items():
+        page.lines += [f"Asked: {ASKED[asked]}.", "", markdown_table(*table(of_asked)), ""]
+    page.lines += papers_tables(item.paper)
+    return page
+
+
+def _how(its: Experiment, found: Found) -> str:
+    seconds = statistics.mean(result["seconds"] for _, result in found)
+    steps = ", ".join(map(str, sorted({planned.run["steps"] for planned, _ in found})))
+    shape = its.shape
+    keys = f"; keys of {shape.digits} digits (chance: 0.10)" if its.kind == "passkey" else ""
+    return (
+        f"A decoder from scratch of {shape.layers} layers, {shape.width} wide; blocks of {shape.block}"
+        f"{keys}; {steps} steps of {shape.rows} texts of up to {its.most_blocks} blocks, on average "
+        f"{report.duration(seconds)} a run on one core; {its.count} texts asked at each length, which "
+        "training never saw."
+    )
+
+
+def papers_tables(names: Sequence[str]) -> list[str]:
+    """Printed tables of the paper, under a heading."""
+    lines: list[str] = []
+    for name in names:
+        number = int(re.findall(r"\d+", name)[0])
+        lines += [f"## The paper's table {number}", "", markdown_table(*papers_table(name)), ""]
+    return lines
+
+
+def papers_table(name: str) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of a table as printed in the paper (arXiv 2404.09173v3)."""
+    file = files("transformerfam.reproduction").joinpath("paper", f"{name}.csv")
+    header, *rows = csv.reader(file.read_text("utf-8").splitlines())
+    return header, rows
+
+
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table in Markdown."""
+    cells = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(row)} |" for row in cells)
+
+
+def draw(path: Path, its: Experiment, curves: Mapping[str, Curves]) -> None:
+    """One panel for each question."""
+    panels = {
+        ASKED[asked]: [_curve(name, seeds) for name, seeds in found.items()]
+        for asked, found in curves.items()
+    }
+    marks = {title: {"trained": float(its.most_blocks)} for title in panels}
+    right = "digits said right" if its.kind == "passkey" else "bytes told right"
+    draw_curves(path, panels, x="blocks read", y=right, marks=marks)
+
+
+def _curve(name: str, seeds: Sequence[Mapping[int, float]]) -> Curve:
+    lengths = sorted(seeds[0])
+    columns = [[seed[n] for seed in seeds] for n in lengths]
+    return Curve(
+        name,
+        lengths,
+        [statistics.mean(c) for c in columns],
+        [min(c) for c in columns],
+        [max(c) for c in columns],
+    )
+
+
+def write_numbers(path: Path, found: Found) -> None:
+    """Every run with its result."""
+    entries = [
+        {"variant": planned.variant, "run": planned.run, "result": result}
+        for planned, result in found
+    ]
+    with whole_file(path) as beside:
+        beside.write_text(json.dumps(entries, indent=1) + "\n")

@@ -1,0 +1,201 @@
+"""The same comparisons beyond toys: SmolLM2 on one accelerator, and the paper's own size on paper.
+
+`small` trains the default model by the shipped recipe `passkey` with blocks of a quarter of the
+paper's. `paper` holds the paper's hyperparameters (table 4, section 3.1) and shapes (table 3); it
+builds the models without weights, plans, and estimates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from transformerfam.config import FamConfig
+from transformerfam.cost import ModelShape, flops
+from transformerfam.errors import UserError
+from transformerfam.reproduction.experiment import Experiment, Planned, Variant
+from transformerfam.reproduction.runs import Result, Run
+
+# A toy has blocks of 16 and, but for table 5, 8 slots where the paper has 1024 and 64.
+_TOY_BLOCK, _TOY_SLOTS, _SLOTS = 16, 8, 64
+_OF_TRAINING = ("feedback", "optimizer")
+
+
+@dataclass(frozen=True)
+class PaperModel:
+    """A model of table 3.
+
+    Attributes:
+        name: by its weights.
+        layers, width, heads: of the decoder.
+        feedforward: width of the feed-forward, in widths of the model.
+        key_heads: heads of keys and values; 1: multi-query attention.
+        learning_rate: section 3.1.
+    """
+
+    name: str
+    layers: int
+    width: int
+    feedforward: int
+    heads: int
+    key_heads: int
+    learning_rate: float
+
+
+PAPER_MODELS = (
+    PaperModel("1B", 18, 1536, 8, 12, 12, 1e-4),
+    PaperModel("8B", 32, 4096, 4, 32, 32, 3e-3),
+    PaperModel("24B", 56, 4096, 8, 32, 1, 3e-3),
+)
+_VOCABULARY = 256_000  # PaLM's
+LORA_RANK = 64
+PASSKEY = {"steps": 5000, "rows": 128, "longest": 18_432}
+TUNING = {"steps": 50_000, "rows": 128, "longest": 8_704}
+
+
+def paper_geometry(variant: Variant, block: int = 1024) -> FamConfig:
+    """A toy variant's geometry at the paper's size, or at that of another block size."""
+    fam = {k: v for k, v in variant.fam.items() if k != "feedback_norm"}
+    if fam.get("fam_length"):
+        fam["fam_length"] = fam["fam_length"] * _SLOTS // _TOY_SLOTS
+    fam.update({k: v for k, v in variant.paper.items() if k not in _OF_TRAINING})
+    if fam.get("fam_length"):
+        fam["fam_length"] = max(1, fam["fam_length"] * block // 1024)
+    if fam.get("window"):
+        fam["window"] = fam["window"] * block // _TOY_BLOCK
+    return FamConfig.paper(**{"block_size": block, **fam})
+
+
+# ---- small
+
+
+def small_plan(
+    its: Experiment, seeds: Sequence[int], *, lengths: Sequence[int] | None, steps: int | None
+) -> Iterator[Planned]:
+    """The runs of an experiment for the default model on one accelerator.
+
+    Raises:
+        UserError: for what has no counterpart there.
+    """
+    if its.kind != "passkey":
+        raise UserError(
+            "At the scale small this item needs texts to train on; train with `fam train "
+            "smollm2-memory` and measure with `fam eval --tasks documents`."
+        )
+    for seed in seeds:
+        for variant in its.variants:
+            if variant.model:
+                continue  # another model from scratch: of toys alone
+            run = {
+                "kind": "small",
+                "seed": seed,
+                "steps": steps or 1000,
+                "lengths": list(lengths or (2048, 4096, 8192, 16_384, 32_768, 65_536, 131_072)),
+                "fam": paper_geometry(variant, block=256).to_dict(),
+                "feedback": dict(variant.feedback),
+                "count": its.count,
+            }
+            yield Planned(variant.name, seed, run)
+
+
+def small_work(run: Run) -> Result:
+    """Train SmolLM2 by the recipe `passkey` under the run's geometry, and ask it."""
+    import time
+
+    from transformerfam.tasks import TASKS, Wanted
+    from transformerfam.training.adaptation import load_for_training
+    from transformerfam.training.inputs import open_source
+    from transformerfam.training.recipe import Recipe, find
+    from transformerfam.training.trainer import Trainer
+
+    recipe = Recipe.load(find("passkey"), small_overrides(run))
+    model, tokenizer = load_for_training(recipe)
+    began = time.monotonic()
+    trained = Trainer(
+        recipe, model, open_source(recipe, tokenizer), tokenizer=tokenizer, quiet=True
+    )
+    losses = [loss for loss in trained.run().losses if loss is not None]
+    seconds = time.monotonic() - began
+    wanted = Wanted(tokenizer, run["lengths"], samples=run["count"], seed=run["seed"])
+    accuracy = {}
+    for case in TASKS["passkey"].cases(wanted):
+        metrics = [case.make(i).ask(model.eval()) for i in range(case.count)]
+        accuracy[str(case.setting["length"])] = sum(m["exact"] for m in metrics) / len(metrics)
+    return {
+        "accuracy": {"1 start": accuracy},
+        "last_loss": sum(losses[-20:]) / len(losses[-20:]),
+        "seconds": round(seconds, 1),
+    }
+
+
+def small_overrides(run: Run) -> list[str]:
+    """The recipe's settings that a run changes, as on the command line."""
+    changes: dict[str, Any] = {f"fam.{k}": v for k, v in run["fam"].items() if v is not None}
+    changes |= {f"feedback.{k}": v for k, v in run["feedback"].items()}
+    changes |= {"run.seed": run["seed"], "run.steps": run["steps"], "probes.every": 0}
+    return [f"{key}={_toml(value)}" for key, value in changes.items()]
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    return str(list(value)) if isinstance(value, tuple) else str(value)
+
+
+# ---- the paper's size
+
+
+def count_weights(shape: PaperModel, config: FamConfig) -> dict[str, int]:
+    """Build a model of table 3 without weights, and count: layers, all, the prompt, LoRA's."""
+    import torch
+
+    model = _build(shape, config)
+    decoder = model.get_decoder()
+    layers = [p for layer in decoder.layers for p in layer.parameters()]
+    matrices = [
+        m for layer in decoder.layers for m in layer.modules() if isinstance(m, torch.nn.Linear)
+    ]
+    prompt = getattr(decoder, "fam_prompt", None)
+    return {
+        "layers": sum(p.numel() for p in layers),
+        "all": sum(p.numel() for p in model.parameters()),
+        "prompt": 0 if prompt is None else prompt.weight.numel(),
+        "lora": sum(LORA_RANK * (m.in_features + m.out_features) for m in matrices),
+    }
+
+
+def _build(shape: PaperModel, config: FamConfig) -> Any:
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from transformerfam.conversion import family_config, family_model
+
+    its_config = family_config(LlamaConfig)(
+        hidden_size=shape.width,
+        intermediate_size=shape.feedforward * shape.width,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.key_heads,
+        vocab_size=_VOCABULARY,
+        fam=config.to_dict(),
+    )
+    with torch.device("meta"):
+        return family_model(LlamaForCausalLM)(its_config)
+
+
+def estimate(shape: PaperModel, config: FamConfig, training: Mapping[str, int]) -> dict[str, float]:
+    """What training at the paper's size takes.
+
+    Returns:
+        `tokens` read, `flops` (forward, recomputed under checkpointing, and twice for backward), and
+        `bytes` of state of one stream in bfloat16 (0: it grows with the stream).
+    """
+    weights = count_weights(shape, config)
+    sizes = ModelShape(shape.layers, weights["layers"], _VOCABULARY * shape.width, shape.width)
+    tokens = training["steps"] * training["rows"] * training["longest"]
+    forward = flops(config, sizes, training["longest"]) * training["steps"] * training["rows"]
+    slots = config.slots or 0
+    head = shape.width // shape.heads
+    state = shape.layers * (2 * slots * shape.key_heads * head + config.fam_length * shape.width)
+    return {"tokens": tokens, "flops": 4.0 * forward, "bytes": 2.0 * state}
