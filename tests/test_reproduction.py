@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,14 @@ from hypothesis import strategies as st
 
 from transformerfam import FamConfig, cli
 from transformerfam.errors import UserError
-from transformerfam.reproduction import figure3a, figure3a_page, toy
+from transformerfam.reproduction import experiment, page, scales, toy, toy_text
+from transformerfam.reproduction.experiment import Experiment, Planned, Shape, Variant
+from transformerfam.reproduction.items import ITEMS, Claim
+from transformerfam.reproduction.machine import MACHINE
 from transformerfam.reproduction.runs import results_of
+from transformerfam.training.recipe import Recipe, find
 
-SHAPE = figure3a.Shape(width=16, layers=2, block=24, digits=3, rows=4)
-Pairs = list[tuple[dict[str, Any], dict[str, Any]]]
+SHAPE = Shape(width=16, layers=2, block=24, digits=3, rows=4)
 
 
 # ---- the task
@@ -33,7 +37,7 @@ Pairs = list[tuple[dict[str, Any], dict[str, Any]]]
     seed=st.integers(0, 9),
 )
 def test_a_text_holds_its_keys_once_and_asks_for_one_of_them(
-    keys: int, where: figure3a.Where, blocks: int, seed: int
+    keys: int, where: toy.Where, blocks: int, seed: int
 ) -> None:
     source = toy.ToyPasskeys(SHAPE, keys, where)
     ids = list(source.example(random.Random(seed), blocks).ids)
@@ -55,13 +59,44 @@ def test_a_text_holds_its_keys_once_and_asks_for_one_of_them(
 
 
 def test_all_rows_of_a_step_have_the_same_length_and_steps_differ() -> None:
-    source = toy.ToyPasskeys(SHAPE, most_blocks=((0, 4), (30, 9)))
-    lengths = [[len(source.draw(4 * step + row)) for row in range(4)] for step in range(90)]
+    source = toy.ToyPasskeys(SHAPE, most_blocks=4)
+    lengths = [[len(source.draw(4 * step + row)) for row in range(4)] for step in range(40)]
     assert all(len(set(of_step)) == 1 for of_step in lengths)
-    blocks = [of_step[0] // SHAPE.block for of_step in lengths]
-    assert set(blocks[:30]) == {2, 3, 4}
-    assert set(blocks[30:]) == {2, 3, 4, 5, 6, 7, 8, 9}
+    assert {of_step[0] // SHAPE.block for of_step in lengths} == {2, 3, 4}
     assert source.draw(7) == source.draw(7) != source.draw(6)
+
+
+def test_prose_is_trained_on_and_measured_in_different_parts() -> None:
+    learn, ask = toy_text.parts()
+    assert len(learn) > 4 * len(ask) - 10 and len(ask) > 50_000
+    source = toy_text.Stretches(SHAPE, blocks=3)
+    drawn = source.draw(5)
+    assert len(drawn.ids) == 3 * SHAPE.block and bytes(drawn.ids) in learn
+    assert drawn.weights == (0.0,) + (1.0,) * (3 * SHAPE.block - 1)
+    assert source.draw(5) == drawn != source.draw(6)
+
+
+def test_prose_is_measured_by_place() -> None:
+    run = {"shape": {"block": 4}, "lengths": [1, 3], "count": 2}
+
+    class AlwaysE(torch.nn.Module):
+        """Tells the byte that is most frequent in English, whatever comes."""
+
+    model = AlwaysE()
+    text, seen = toy_text.parts()[1], []
+
+    def read(_: object, ids: bytes) -> Any:
+        seen.append(bytes(ids))
+        hits = torch.tensor([byte == ord("e") for byte in ids[1:]])
+        yield type("Chunk", (), {"hits": hits})()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(toy_text, "read", read)
+        shares = toy_text.asked(model, run)["text"]
+    assert [len(s) for s in seen] == [12, 12] and all(s in text for s in seen)
+    first = sum(s[1:4].count(b"e") for s in seen) / 6
+    later = sum(s[4:].count(b"e") for s in seen) / 16
+    assert shares == {"1": pytest.approx(first), "3": pytest.approx(later)}
 
 
 def test_accuracy_counts_digits() -> None:
@@ -125,60 +160,184 @@ def test_two_commands_on_one_file_keep_each_others_results(tmp_path: Path) -> No
 
 # ---- the page
 
+ITS = Experiment(
+    variants=(Variant("M1", {"fam_length": 0}), Variant("FAM", {"memory_segments": 0})),
+    asked=("1 start",),
+    steps=1,
+    most_blocks=2,
+    lengths=(2, 4, 200),
+    shape=SHAPE,
+    optimizer={},
+)
 
-def pairs(reach: dict[str, int], seeds: int = 2) -> Pairs:
-    """Results in which each variant is right up to a length."""
-    found = []
-    for run in figure3a.plan(["start"], range(seeds), (2, 4, 200, 1024), None):
-        right = {str(n): float(n <= reach[run["variant"]]) for n in run["lengths"]}
-        result = {"accuracy": {"1 start": right}, "last_loss": 0.1, "seconds": 60.0}
-        found.append((run, result))
-    return found
+
+def found(*reach: tuple[int, int]) -> list[tuple[Planned, dict[str, Any]]]:
+    """Results in which M1 and FAM are right up to a length, for each seed."""
+    made = []
+    for planned in experiment.plan(ITS, range(len(reach))):
+        far = reach[planned.seed][planned.variant == "FAM"]
+        right = {str(n): float(n <= far) for n in ITS.lengths}
+        made.append((planned, {"accuracy": {"1 start": right}, "last_loss": 0.1, "seconds": 60.0}))
+    return made
 
 
-def test_the_page_says_what_held_and_what_did_not() -> None:
-    reach = {"M0": 0, "M1_SG": 2, "M1": 2, "M2": 4, "M4": 4, "FAM, decay 0.3": 0, "FAM": 1024}
-    found = pairs(reach)
-    said = figure3a_page.verdicts(found)
-    assert "accuracy 1.00 at 200 blocks and 1.00 at 1024" in said[0]
-    assert "M1 reaches further than M1_SG did not hold" in said[1]
-    assert "M2 reaches further than M1 held" in said[2]
-    assert "FAM reaches 1024 blocks and M4 4" in said[3]
-    found[-1][1]["accuracy"]["1 start"]["200"] = 0.5
-    assert "accuracy 0.50 at 200" in figure3a_page.verdicts(found)[0]
-    text = figure3a_page.page(found, "fam reproduce figure3a", "a.png", "a.json")
-    assert "0.75 (0.50–1.00)" in text and "| M0 | 0.00 | 0.00 | 0.00 | 0.00 |" in text
-    assert "1 min 00 s on one" in text
+@pytest.mark.parametrize(
+    ("reach", "verdict"),
+    [
+        ([(2, 200), (4, 200)], "**held**: 0.250 against 1.000"),
+        ([(2, 200), (200, 4)], "**is open (1 of 2 seeds)**"),
+        ([(2, 2), (4, 4)], "**did not hold**"),
+        ([(2, 4)], "**held with the one seed**"),
+    ],
+)
+def test_a_claim_is_judged_seed_by_seed(reach: list[tuple[int, int]], verdict: str) -> None:
+    curves = page.curves_of(ITS, found(*reach), "1 start")
+    said = page.judge(Claim("FAM", "M1"), ITS, curves)
+    assert "That FAM does better than M1" in said
+    if "against" in verdict:
+        verdict = "**held**: 1.000 against 0.250"
+    assert verdict in said
+    assert "lengths beyond those trained on" in said
+    assert "not measured" in page.judge(Claim("FAM", "M9"), ITS, curves)
+
+
+def test_the_page_shows_spread_reach_and_what_the_paper_says(tmp_path: Path) -> None:
+    item = replace(ITEMS["table6"], experiment=ITS, claims=(Claim("FAM", "M1"),), said="FAM holds.")
+    made = page.item_page("table6", item, found((2, 200), (2, 4)), "fam reproduce table6", tmp_path)
+    text = "\n".join(made.lines)
+    assert "FAM makes no mistake in any seed up to 4 blocks, 2 times" in text
+    assert "| FAM | 1.00 | 1.00 | 0.50 (0.00–1.00) |" in text
+    assert "The paper: FAM holds." in text and "| 6 | 16.2 |" in text
+    markdown, html = made.write(tmp_path)
+    assert markdown.read_text().startswith(f"# {item.title}")
+    shown = html.read_text()
+    assert "<td>16.2</td>" in shown and 'src="data:image/png;base64,' in shown
+    assert 'src="table6.png' not in shown and "{{" not in shown
+
+
+def test_every_item_can_be_planned_and_its_paper_tables_are_there() -> None:
+    for name, item in ITEMS.items():
+        planned = list(experiment.plan(item.experiment, [0]))
+        names = [each.variant for each in planned]
+        assert len(set(names)) == len(names), name
+        claimed = {side for claim in item.claims for side in (claim.more, claim.less)}
+        assert claimed <= set(names), name
+        assert {claim.asked for claim in item.claims} <= {"", *item.experiment.asked}
+        for each in planned:
+            assert json.loads(json.dumps(each.run)) == each.run
+            if not each.run["model"].get("architecture"):
+                toy.recipe_of(each.run)
+        for table in item.paper:
+            header, rows = page.papers_table(table)
+            assert rows and all(len(row) == len(header) for row in rows)
+
+
+def test_items_share_runs() -> None:
+    runs = {
+        name: [json.dumps(each.run) for each in experiment.plan(ITEMS[name].experiment, [0])]
+        for name in ("table7", "figure6", "table1", "table11")
+    }
+    assert runs["table1"] == runs["table11"]
+    base = next(experiment.plan(ITEMS["table7"].experiment, [0]))
+    assert base.variant == "FAM" and runs["table7"][0] in [
+        json.dumps(each.run) for each in experiment.plan(ITEMS["table6"].experiment, [0])
+    ]
+
+
+# ---- larger scales
+
+
+def test_a_toys_geometry_becomes_the_papers() -> None:
+    fam = scales.paper_geometry(Variant("FAM", {"memory_segments": 0, "fam_length": 8}))
+    assert (fam.block_size, fam.fam_length, fam.memory_segments) == (1024, 64, 0)
+    assert (fam.feedback_norm, fam.first_residual, fam.sink_tokens) == ("none", "zero", 0)
+    small = scales.paper_geometry(Variant("x", {"fam_length": 1}, paper={"fam_length": 256}), 256)
+    assert (small.block_size, small.fam_length) == (256, 64)
+    swa = Variant("SWA", {"fam_length": 0, "attention": "swa", "window": 16})
+    assert scales.paper_geometry(swa).window == 1024
+
+
+def test_small_runs_are_recipes() -> None:
+    planned = list(scales.small_plan(ITS, [3], lengths=None, steps=7))
+    recipe = Recipe.load(find("passkey"), scales.small_overrides(planned[1].run))
+    assert recipe.run.steps == 7 and recipe.run.seed == 3
+    assert recipe.fam == scales.paper_geometry(ITS.variants[1], block=256)
+    with pytest.raises(UserError, match="smollm2-memory"):
+        list(scales.small_plan(ITEMS["table11"].experiment, [0], lengths=None, steps=None))
+
+
+def test_a_model_of_the_paper_is_counted_and_estimated() -> None:
+    shape = scales.PaperModel("tiny", 2, 8, 4, 2, 1, 1e-4)
+    config = FamConfig.paper(block_size=4, memory_segments=1, fam_length=2)
+    weights = scales.count_weights(shape, config)
+    per_layer = 2 * 8 * 8 + 2 * 8 * 4 + 3 * 8 * 32 + 2 * 8
+    assert weights["layers"] == 2 * per_layer and weights["prompt"] == 2 * 8
+    assert weights["all"] == 2 * per_layer + 16 + 8 + 256_000 * 8
+    assert weights["lora"] == 64 * 2 * (2 * 16 + 2 * 12 + 3 * 40)
+    need = scales.estimate(shape, config, {"steps": 5, "rows": 3, "longest": 8})
+    assert need["tokens"] == 120
+    slots = 4 + 2 + 4
+    assert need["bytes"] == 2 * 2 * (2 * slots * 4 + 2 * 8)
+    twice = scales.estimate(shape, config, {"steps": 10, "rows": 3, "longest": 8})
+    assert twice["flops"] == 2 * need["flops"] > 0
+
+
+# ---- the command
 
 
 def test_the_command_trains_asks_and_writes(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "made"
-    argv = ["reproduce", "figure3a", "--parts", "start", "--seeds", "1", "--steps", "1"]
+    argv = ["reproduce", "table8", "--seeds", "1", "--steps", "1"]
     argv += ["--lengths", "2,3", "--workers", "1", "--out", str(out)]
     assert cli.main(argv) == 0
     shown = capsys.readouterr()
-    assert "M1_SG" in shown.out and "7/7" in shown.err
-    numbers = json.loads((out / "figure3a.json").read_text())
-    assert {entry["run"]["variant"] for entry in numbers} == {
-        variant.name for variant in figure3a.part("start").variants
-    }
-    assert (out / "figure3a.png").read_bytes()[:4] == b"\x89PNG"
-    assert "--steps 1" in (out / "figure3a.md").read_text()
+    assert "TransformerXL" in shown.out and "3/3" in shown.err
+    numbers = json.loads((out / "table8.json").read_text())
+    assert [entry["variant"] for entry in numbers] == ["BSWA", "XL", "SWA"]
+    assert (out / "table8.png").read_bytes()[:4] == b"\x89PNG"
+    assert "--steps 1" in (out / "table8.md").read_text()
     # Again: everything is kept, and the page is the same.
     assert cli.main(argv) == 0
     again = capsys.readouterr()
-    assert "7/7" not in again.err
-    assert json.loads((out / "figure3a.json").read_text()) == numbers
+    assert "3/3" not in again.err
+    assert json.loads((out / "table8.json").read_text()) == numbers
+
+
+def test_without_an_item_they_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["reproduce"]) == 0
+    shown = capsys.readouterr().out
+    assert all(name in shown for name in [*ITEMS, *MACHINE])
+
+
+@pytest.mark.parametrize("name", ["figure1", "table10"])
+def test_what_needs_no_training_is_made_at_once(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["reproduce", name, "--out", str(tmp_path)]) == 0
+    text = (tmp_path / f"{name}.md").read_text()
+    assert f"fam reproduce {name}" in text and "wrote" in capsys.readouterr().out
+
+
+def test_the_papers_size_is_planned_without_weights(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shape = scales.PaperModel("tiny", 2, 8, 4, 2, 1, 1e-4)
+    monkeypatch.setattr(scales, "PAPER_MODELS", (shape,))
+    argv = ["reproduce", "table6", "--scale", "paper", "--out", str(tmp_path)]
+    assert cli.main(argv) == 0
+    capsys.readouterr()
+    text = (tmp_path / "table6-paper.md").read_text()
+    assert "| 6 FAMs | tiny |" in text and "5,000 steps of 128 texts" in text
 
 
 @pytest.mark.parametrize(
-    "wrong", [["--parts", "end"], ["--lengths", "1,2"], ["--lengths", "far"]], ids=str
+    "wrong", [["table99"], ["table5", "--lengths", "0,2"], ["table5", "--lengths", "far"]], ids=str
 )
 def test_what_cannot_be_done_is_refused(
-    wrong: list[str], capsys: pytest.CaptureFixture[str]
+    wrong: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    code = cli.main(["reproduce", "figure3a", *wrong])
+    code = cli.main(["reproduce", *wrong, "--out", str(tmp_path)])
     shown = capsys.readouterr()
-    refused((code, shown.out, shown.err), wrong[0])
+    refused((code, shown.out, shown.err), "--lengths" if len(wrong) > 1 else "table99")

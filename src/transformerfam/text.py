@@ -328,7 +328,7 @@ class Decoder:
 
 
 def language_reference() -> str:
-    """About 700 kB of English that every Python carries."""
+    """Some hundred kB of English that every Python carries."""
     from pydoc_data.topics import topics
 
     return "\n\n".join(topics[name].strip() for name in sorted(topics))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 from transformerfam.config import FamConfig
@@ -146,7 +147,8 @@ def _toml(value: Any) -> str:
 # ---- the paper's size
 
 
-def count_weights(shape: PaperModel, config: FamConfig) -> dict[str, int]:
+@cache
+def count_weights(shape: PaperModel, config: FamConfig) -> Mapping[str, int]:
     """Build a model of table 3 without weights, and count: layers, all, the prompt, LoRA's."""
     import torch
 
@@ -178,6 +180,7 @@ def _build(shape: PaperModel, config: FamConfig) -> Any:
         num_attention_heads=shape.heads,
         num_key_value_heads=shape.key_heads,
         vocab_size=_VOCABULARY,
+        tie_word_embeddings=True,
         fam=config.to_dict(),
     )
     with torch.device("meta"):
@@ -191,7 +194,7 @@ def estimate(shape: PaperModel, config: FamConfig, training: Mapping[str, int]) 
         `tokens` read, `flops` (forward, recomputed under checkpointing, and twice for backward), and
         `bytes` of state of one stream in bfloat16 (0: it grows with the stream).
     """
-    weights = count_weights(shape, config)
+    weights = count_weights(shape, FamConfig.paper())
     sizes = ModelShape(shape.layers, weights["layers"], _VOCABULARY * shape.width, shape.width)
     tokens = training["steps"] * training["rows"] * training["longest"]
     forward = flops(config, sizes, training["longest"]) * training["steps"] * training["rows"]
