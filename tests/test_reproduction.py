@@ -298,6 +298,8 @@ def test_the_command_trains_asks_and_writes(
     assert [entry["variant"] for entry in numbers] == ["BSWA", "XL", "SWA"]
     assert (out / "table8.png").read_bytes()[:4] == b"\x89PNG"
     assert "--steps 1" in (out / "table8.md").read_text()
+    index = (out / "index.md").read_text()
+    assert "](table8.md)" in index and "- That BSWA does better than XL" in index
     # Again: everything is kept, and the page is the same.
     assert cli.main(argv) == 0
     again = capsys.readouterr()

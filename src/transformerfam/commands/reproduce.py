@@ -86,6 +86,7 @@ def run(args: argparse.Namespace) -> int:
     """Make the pages that were asked for, one after the other."""
     from transformerfam.reproduction.items import ITEMS
     from transformerfam.reproduction.machine import MACHINE
+    from transformerfam.reproduction.page import write_index
 
     titles = {name: item.title for name, item in ITEMS.items()}
     titles |= {name: (make.__doc__ or "").splitlines()[0] for name, make in MACHINE.items()}
@@ -113,6 +114,7 @@ def run(args: argparse.Namespace) -> int:
             f"{report.duration(time.monotonic() - began)}\n",
             flush=True,
         )
+    write_index(folder)
     return 0
 
 

@@ -245,3 +245,19 @@ def write_numbers(path: Path, found: Found) -> None:
     ]
     with whole_file(path) as beside:
         beside.write_text(json.dumps(entries, indent=1) + "\n")
+
+
+def write_index(folder: Path) -> Path:
+    """A list of all pages of a folder, each with what held in it; returns its path."""
+    lines = ["# Reproductions", "", "    fam reproduce all", ""]
+    for path in sorted(folder.glob("*.md")):
+        text = path.read_text(encoding="utf-8").splitlines()
+        if path.name == "index.md" or not text or not text[0].startswith("# "):
+            continue
+        lines += [f"## [{text[0].removeprefix('# ')}]({path.name})", ""]
+        if held := [line for line in text if re.match(r"- .*\*\*.*\*\*: ", line)]:
+            lines += [*held, ""]
+    index = folder / "index.md"
+    with whole_file(index) as beside:
+        beside.write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")
+    return index
