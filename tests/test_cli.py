@@ -72,6 +72,8 @@ def test_every_field_of_the_geometry_has_an_option() -> None:
         "window": ("7", 7),
         "global_positions": ("0,3", (0, 3)),
         "sink_tokens": ("4", 4),
+        "memory_source": ("output", "output"),
+        "compressive_memory": ("delta", "delta"),
         "stop_gradient": (None, True),
         "backend": ("eager", "eager"),
     }
