@@ -132,8 +132,10 @@ def oracle(
                         seen += [replace(key, bias=config.fam_bias) for key in keys_of]
                 attended = attend(model, layer, queries[i], start + t, seen)
                 if config.compressive_memory != "none" and block > 0:
-                    gate = decoder.memory_gates.weight[depth].sigmoid().repeat_interleave(
-                        layer.self_attn.head_dim
+                    gate = (
+                        decoder.memory_gates.weight[depth]
+                        .sigmoid()
+                        .repeat_interleave(layer.self_attn.head_dim)
                     )
                     attended = gate * sums[depth].read(queries[i]) + (1 - gate) * attended
                 attention.append(attended)
@@ -234,9 +236,7 @@ def bounded(config: FamConfig, fam: Tensor) -> Tensor:
 # ---- which tokens a token sees
 
 
-def tokens_seen(
-    config: FamConfig, tokens: list[Key], outputs: list[Key], t: int
-) -> Iterator[Key]:
+def tokens_seen(config: FamConfig, tokens: list[Key], outputs: list[Key], t: int) -> Iterator[Key]:
     """The tokens, of those up to now, that the query at `t` sees, at the places it sees them."""
     B = config.block_size
     for s, token in enumerate(tokens):

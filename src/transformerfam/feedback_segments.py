@@ -12,6 +12,7 @@ more on the block's rows, with its attention given. Knows one layer; nothing of 
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -47,13 +48,11 @@ class FeedbackSegmentsPass(TokenPass):
         for j in range(plan.blocks):
             seen = self._seen(past, anchors, own, j)
             read.append(
-                attend(
-                    queries[:, j], seen.keys, seen.values, masks[j], style, self.config.backend
-                )
+                attend(queries[:, j], seen.keys, seen.values, masks[j], style, self.config.backend)
             )
             if j + 1 < plan.blocks or self.call.keep:
                 made = self._project_output(hidden[:, j, 0], read[j], j)
-                segments.append(made.zip(unfinished, lambda m, u, j=j: self._placed(m, u, j)))
+                segments.append(made.zip(unfinished, partial(self._placed, j)))
                 past = KeyValue.cat([past, segments[-1]]).cut(self.config.block_size, None)
         if self.call.keep:
             self.call.after[self.layer] = self._state(KeyValue.cat(segments), own, anchors, before)
@@ -106,7 +105,7 @@ class FeedbackSegmentsPass(TokenPass):
         )
         return KeyValue(rotate(key, places), value)
 
-    def _placed(self, made: Tensor, unfinished: Tensor, j: int) -> Tensor:
+    def _placed(self, j: int, made: Tensor, unfinished: Tensor) -> Tensor:
         """(R, Hk, B, D): the new tokens' rows of block j in their slots, beside those from before."""
         plan, B = self.plan, self.config.block_size
         if plan.whole_blocks:

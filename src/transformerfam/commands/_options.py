@@ -33,7 +33,10 @@ GEOMETRY: dict[str, tuple[str | None, str]] = {
     "window": ("TOKENS", "window of swa, xl and longformer"),
     "global_positions": ("POSITIONS", "positions that see all and are seen by all (0,1,...)"),
     "sink_tokens": ("TOKENS", "first tokens of the text that stay visible for ever"),
-    "memory_source": (None, "what past blocks' keys and values are made of: a layer's input or output"),
+    "memory_source": (
+        None,
+        "what past blocks' keys and values are made of: a layer's input or output",
+    ),
     "compressive_memory": (
         None,
         "rule by which each head sums up all past blocks (Infini-attention), or none",
