@@ -31,6 +31,11 @@ Where the paper is silent or divided, this file decides:
   earlier block than the query, by whatever path it is seen.
 - Global tokens stand at their true positions, however far behind the query.
 - With `fam_position="zero"` FAM keys and queries stand at rotary position 0 whatever `start` is.
+- Feedback memory segments (`memory_source="output"`): a token of an earlier block is seen as the key
+  and value of the layer's output for it, at its own position; as a sink, as those of its input.
+- A compressive memory (Infini-attention) sums up every finished block, also those that the window
+  still shows, from keys that are not rotated; a block reads it as it was before that block. In block
+  0 the gate is shut. `stop_gradient` takes it as a constant.
 """
 
 from __future__ import annotations
@@ -83,7 +88,8 @@ def oracle(
     """Read one stream from its beginning.
 
     Args:
-        model: a transformers `LlamaForCausalLM`, plain, of any dtype. See `make_exact`.
+        model: a transformers `LlamaForCausalLM`, plain, of any dtype. See `make_exact`. With a
+            compressive memory its decoder has `memory_gates`, whose weight is β, (layers, heads).
         config: the TransformerFAM to compute; `backend` is of no account.
         input_ids: (T,), T at least 1 and not necessarily whole blocks.
         prompt: (N, d), in the scale of the token embeddings; None exactly if `fam_length` is 0.
@@ -103,6 +109,8 @@ def oracle(
     fams: dict[int, list[Tensor]] = {}  # fams[τ][layer]
     if passed is not None:
         fams[-1] = passed
+    outputs: list[list[Key]] = [[] for _ in decoder.layers]  # as tokens, of what the layer made
+    sums = [CompressiveMemory(config, layer.self_attn.head_dim) for layer in decoder.layers]
     last_outputs = []
 
     for block, first in enumerate(range(0, len(input_ids), B)):
@@ -117,13 +125,27 @@ def oracle(
 
             attention = []
             for i, t in enumerate(range(first, first + len(hidden))):
-                seen = list(tokens_seen(config, tokens[depth], t))
+                seen = list(tokens_seen(config, tokens[depth], outputs[depth], t))
                 for past in range(block - config.previous_fams, block):
                     if past in fams:
                         keys_of = fam_keys(model, config, layer, fams[past][depth], past, start)
                         seen += [replace(key, bias=config.fam_bias) for key in keys_of]
-                attention.append(attend(model, layer, queries[i], start + t, seen))
+                attended = attend(model, layer, queries[i], start + t, seen)
+                if config.compressive_memory != "none" and block > 0:
+                    gate = (
+                        decoder.memory_gates.weight[depth]
+                        .sigmoid()
+                        .repeat_interleave(layer.self_attn.head_dim)
+                    )
+                    attended = gate * sums[depth].read(queries[i]) + (1 - gate) * attended
+                attention.append(attended)
             output = feed_forward(layer, layer.self_attn.o_proj(torch.stack(attention)) + hidden)
+
+            _, output_keys, output_values = project(layer, output)
+            for i in range(len(hidden)):
+                outputs[depth].append(Key(output_keys[i], output_values[i], start + first + i))
+            if block_is_finished:
+                sums[depth].write(keys, values)
 
             if N > 0 and block_is_finished:
                 is_first = block - 1 not in fams
@@ -214,11 +236,13 @@ def bounded(config: FamConfig, fam: Tensor) -> Tensor:
 # ---- which tokens a token sees
 
 
-def tokens_seen(config: FamConfig, tokens: list[Key], t: int) -> Iterator[Key]:
+def tokens_seen(config: FamConfig, tokens: list[Key], outputs: list[Key], t: int) -> Iterator[Key]:
     """The tokens, of those up to now, that the query at `t` sees, at the places it sees them."""
     B = config.block_size
     for s, token in enumerate(tokens):
         if window_shows(config, t, s):
+            if config.memory_source == "output" and s // B < t // B:
+                token = outputs[s]
             position = token.position
         elif s < config.sink_tokens and s <= t:
             position = tokens[t // B * B].position - kept_past(config) - config.sink_tokens + s
@@ -259,6 +283,50 @@ def kept_past(config: FamConfig) -> int:
     if config.attention == "swa":
         return math.ceil((window_of(config) - 1) / config.block_size) * config.block_size
     return config.memory_segments * config.block_size  # bswa, xl; the others have no sinks
+
+
+# ---- a compressive memory (Infini-attention, arXiv 2404.07143)
+
+
+class CompressiveMemory:
+    """M (D, Dv) and z (D,) of each key-value head of one layer; nothing before the first write."""
+
+    def __init__(self, config: FamConfig, head_dim: int) -> None:
+        self.config = config
+        self.head_dim = head_dim
+        self.M: list[Tensor] = []
+        self.z: list[Tensor] = []
+
+    def read(self, query: Tensor) -> Tensor:
+        """A_mem (equation 3) of one query, (heads, head_dim): (heads * head_dim,)."""
+        group = len(query) // len(self.M)
+        found = []
+        for head, q in enumerate(query):
+            M, z = self.M[head // group], self.z[head // group]
+            if self.config.stop_gradient:
+                M, z = M.detach(), z.detach()
+            found.append((sigma(q) @ M) / (sigma(q) @ z))
+        return torch.cat(found)
+
+    def write(self, keys: Tensor, values: Tensor) -> None:
+        """Add a block, (B, kv_heads, head_dim) each (equations 4 and 5)."""
+        heads = range(keys.shape[1])
+        old_M, old_z = list(self.M), list(self.z)
+        if not self.M:
+            self.M = [keys.new_zeros(self.head_dim, self.head_dim) for _ in heads]
+            self.z = [keys.new_zeros(self.head_dim) for _ in heads]
+        for head in heads:
+            for key, value in zip(keys[:, head], values[:, head], strict=True):
+                if self.config.compressive_memory == "delta" and old_M:
+                    known = (sigma(key) @ old_M[head]) / (sigma(key) @ old_z[head])
+                    value = value - known
+                self.M[head] = self.M[head] + torch.outer(sigma(key), value)
+                self.z[head] = self.z[head] + sigma(key)
+
+
+def sigma(x: Tensor) -> Tensor:
+    """ELU(x) + 1, number by number."""
+    return torch.stack([v + 1 if v > 0 else v.exp() for v in x])
 
 
 # ---- the decoder layer's parts

@@ -72,6 +72,8 @@ def test_every_field_of_the_geometry_has_an_option() -> None:
         "window": ("7", 7),
         "global_positions": ("0,3", (0, 3)),
         "sink_tokens": ("4", 4),
+        "memory_source": ("output", "output"),
+        "compressive_memory": ("delta", "delta"),
         "stop_gradient": (None, True),
         "backend": ("eager", "eager"),
     }
@@ -100,6 +102,11 @@ def test_every_field_of_the_geometry_has_an_option() -> None:
             FamConfig.paper(fam_length=4),
         ),
         (FamConfig.paper(attention="swa", window=9), {"attention": "bswa"}, FamConfig.paper()),
+        (
+            FamConfig.paper(fam_length=0, memory_source="output"),
+            {"attention": "full"},
+            FamConfig.paper(fam_length=0, attention="full"),
+        ),
     ],
 )
 def test_what_contradicts_a_change_goes(

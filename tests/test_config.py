@@ -67,6 +67,35 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "norm without feedback": ({"fam_length": 0, "feedback_norm": "rms"}, "need a feedback memory"),
     "FAMs without feedback": ({"fam_length": 0, "previous_fams": 2}, "need a feedback memory"),
+    "unknown source": ({"memory_source": "both"}, "memory_source must be one of input, output"),
+    "unknown rule": (
+        {"compressive_memory": "sum"},
+        "compressive_memory must be one of none, linear, delta",
+    ),
+    "outputs beside FAM": (
+        {"memory_source": "output"},
+        "memory_source='output' stands in the place of FAM; set fam_length to 0",
+    ),
+    "a sum beside FAM": (
+        {"compressive_memory": "delta"},
+        "compressive_memory stands in the place of FAM; set fam_length to 0",
+    ),
+    "outputs in another pattern": (
+        {"memory_source": "output", "fam_length": 0, "attention": "swa"},
+        "memory_source='output' works on whole blocks: it needs attention='bswa'",
+    ),
+    "a sum in another pattern": (
+        {"compressive_memory": "linear", "fam_length": 0, "attention": "full"},
+        "compressive_memory works on whole blocks: it needs attention='bswa'",
+    ),
+    "outputs that nobody sees": (
+        {"memory_source": "output", "fam_length": 0, "memory_segments": 0},
+        "needs past blocks to see; set memory_segments to 1 or more",
+    ),
+    "two memories": (
+        {"memory_source": "output", "compressive_memory": "linear", "fam_length": 0},
+        "two memories of past blocks; choose one",
+    ),
     "more slots than positions": (
         {"block_size": 4, "fam_length": 5},
         "fam_length can be at most block_size",
@@ -198,6 +227,20 @@ def test_anchors_are_sinks_or_globals() -> None:
     longformer = FamConfig.paper(attention="longformer", global_positions=(5, 2000), window=10)
     assert longformer.anchor_positions == (5, 2000)
     assert longformer.past_length == 1024  # the second global sees all of the first block
+
+
+def test_what_a_variant_keeps_and_adds_goes_with_it() -> None:
+    plain = FamConfig.paper(fam_length=0)
+    found = {
+        ("output", "none"): (("output_keys", "output_values"), ()),
+        ("input", "delta"): (("compressed", "pending"), ("memory_gates",)),
+        ("input", "none"): ((), ()),
+    }
+    for (source, rule), (kept, added) in found.items():
+        config = plain.replace(memory_source=source, compressive_memory=rule)
+        assert (config.extra_state, config.added_modules) == (kept, added)
+        assert config.without_feedback() == plain
+    assert FamConfig.paper().added_modules == ("fam_prompt",)
 
 
 def test_a_memory_fits_where_only_speed_or_gradients_differ() -> None:

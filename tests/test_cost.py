@@ -61,5 +61,7 @@ def test_attention_is_counted_by_pairs_and_full_attention_grows_with_the_square(
 def test_head_and_layers_are_two_operations_a_weight_and_token() -> None:
     shape = ModelShape(layers=3, layer_weights=100, head_weights=10, attention_width=0)
     assert flops(FamConfig.paper(block_size=4, fam_length=0), shape, 7) == 2 * 110 * 7
+    outputs = FamConfig.paper(block_size=4, fam_length=0, memory_source="output")
+    assert flops(outputs, shape, 7) == 2 * (2 * 100 + 10) * 7
     # Only the one finished block costs an update; FAM rows never reach the head.
     assert flops(FamConfig.paper(block_size=4, fam_length=3), shape, 7) == 2 * 110 * 7 + 2 * 100 * 3

@@ -27,6 +27,8 @@ ORDER = [
         "call",
         "feedback",
         "blocks",
+        "feedback_segments",
+        "compressive",
     ),
     *("probe", "layer", "modeling", "auto", "conversion", "embedded", "models"),
     *("text", "stream", "turns", "data", "plots", "benchmark"),

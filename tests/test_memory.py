@@ -66,7 +66,15 @@ def test_its_bytes_follow_from_the_geometry_alone(name: str) -> None:
     assert config.slots is not None
     keys_and_values = 2 * heads * config.slots * features
     anchors = heads * len(config.anchor_positions) * features
-    expected = rows * layers * bytes_each * (keys_and_values + anchors + config.fam_length * width)
+    extra = {
+        "output_keys": heads * B * features,
+        "output_values": heads * B * features,
+        "compressed": heads * features * (features + 1),
+        "pending": heads * features * (features + 1),
+    }
+    numbers = keys_and_values + anchors + config.fam_length * width
+    numbers += sum(extra[name] for name in config.extra_state)
+    expected = rows * layers * bytes_each * numbers
 
     memory = Memory.for_model(model, rows)
     assert memory.nbytes == 0

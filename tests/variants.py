@@ -44,6 +44,21 @@ _CHANGES: dict[str, dict[str, Any]] = {
         "fam_length": 0,
     },
     "stopped gradient": {"stop_gradient": True, "sink_tokens": 1},
+    "feedback segments": {"memory_source": "output", "memory_segments": 2, "fam_length": 0},
+    "feedback segments, stopped": {
+        "memory_source": "output",
+        "fam_length": 0,
+        "sink_tokens": 2,
+        "stop_gradient": True,
+    },
+    "compressive": {"compressive_memory": "linear", "memory_segments": 0, "fam_length": 0},
+    "compressive, delta": {"compressive_memory": "delta", "fam_length": 0, "sink_tokens": 1},
+    "compressive, stopped": {
+        "compressive_memory": "delta",
+        "memory_segments": 0,
+        "fam_length": 0,
+        "stop_gradient": True,
+    },
     "eager": {"backend": "eager", "sink_tokens": 1},
     "flex": {"backend": "flex", "sink_tokens": 1},
 }

@@ -40,20 +40,26 @@ class TokenPass:
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, style: AttentionStyle) -> Tensor:
         """An `AttentionPass`: (R, H, T, D) queries to (R, T, H, Dv)."""
-        plan, new = self.plan, KeyValue(key, value)
-        before = self.call.before[self.layer]
-        if before is None:
-            before = self._begin(new)
-        before = before.fit(key, value, self.hidden)
-        anchors = self._gather_anchors(before, new)
-        tokens = self._tables("tokens", self.call.token_positions, query)
-        query, new = rotate(query, tokens), KeyValue(rotate(key, tokens), value)
-        within_block = plan.blocks == 1 and not any(plan.finished)
+        before, anchors, query, new = self._arrive(query, KeyValue(key, value))
+        within_block = self.plan.blocks == 1 and not any(self.plan.finished)
         read = self._within_block if within_block else self._over_blocks
         seen, after = read(before, new, anchors)
         if self.call.keep:
             self.call.after[self.layer] = after
         return self._attend(query, seen, style)
+
+    def _arrive(
+        self, query: Tensor, new: KeyValue
+    ) -> tuple[LayerMemory, KeyValue, Tensor, KeyValue]:
+        """The memory before the call, the anchors, and the call's queries and keys, rotated."""
+        before = self.call.before[self.layer]
+        if before is None:
+            before = self._begin(new)
+        before = before.fit(new.keys, new.values, self.hidden)
+        anchors = self._gather_anchors(before, new)
+        tokens = self._tables("tokens", self.call.token_positions, query)
+        rotated = KeyValue(rotate(new.keys, tokens), new.values)
+        return before, anchors, rotate(query, tokens), rotated
 
     def _begin(self, new: KeyValue) -> LayerMemory:
         """The memory of a new stream: empty, or with the FAM of another (random state passing)."""
@@ -165,22 +171,34 @@ class TokenPass:
 
     def _attend(self, query: Tensor, seen: KeyValue, style: AttentionStyle) -> Tensor:
         """Queries (R, H, T, D) against each block's keys; back to (R, T, H, Dv)."""
-        plan, nb, L = self.plan, self.plan.blocks, self.plan.queries
         window = style.sliding_window
         mask = self.call.once(
             ("mask", window, query.device),
             lambda: self._mask(window, query),
         )
-        in_place = plan.whole_blocks or (nb == 1 and plan.valid is None)
-        if not in_place:
-            columns = self.call.index("query columns", lambda: plan.query_columns[0], query)
-            query = columns_of(query, columns)
-        grid = query.unflatten(2, (nb, L)).transpose(1, 2).flatten(0, 1)  # (R·nb, H, L, D)
+        grid = self._to_grid(query).flatten(0, 1)  # (R·nb, H, L, D)
         out = attend(grid, seen.keys, seen.values, mask, style, self.config.backend)
-        out = out.unflatten(0, (-1, nb)).transpose(2, 3).flatten(1, 2)  # (R, nb·L, H, Dv)
-        if in_place:
+        return self._from_grid(out.unflatten(0, (-1, self.plan.blocks)))
+
+    @property
+    def _is_grid(self) -> bool:
+        """Whether the tokens of the call, as they come, are those of one block after another."""
+        return self.plan.whole_blocks or (self.plan.blocks == 1 and self.plan.valid is None)
+
+    def _to_grid(self, x: Tensor) -> Tensor:
+        """(R, nb, H, L, D): the new tokens of each block, from (R, H, T, D)."""
+        if not self._is_grid:
+            columns = self.call.index("query columns", lambda: self.plan.query_columns[0], x)
+            x = columns_of(x, columns)
+        return x.unflatten(2, (self.plan.blocks, self.plan.queries)).transpose(1, 2)
+
+    def _from_grid(self, out: Tensor) -> Tensor:
+        """(R, T, H, Dv): each token's row of (R, nb, H, L, Dv); zeros for padding."""
+        plan, nb, L = self.plan, self.plan.blocks, self.plan.queries
+        out = out.transpose(2, 3).flatten(1, 2)  # (R, nb·L, H, Dv)
+        if self._is_grid:
             return out
-        places = self.call.index("query places", lambda: plan.query_places, query)
+        places = self.call.index("query places", lambda: plan.query_places, out)
         real = (places < nb * L)[..., None, None]
         places = places.clamp(max=nb * L - 1)[..., None, None].expand(len(out), -1, *out.shape[2:])
         return out.gather(1, places) * real

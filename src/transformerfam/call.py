@@ -42,6 +42,7 @@ class Call:
         keep: whether the memories after the call are wanted.
         passed_fams: each layer's F (R, N, d) to begin new streams with; None: they begin with none.
         offset: position of the first token of each stream.
+        gates: (layers, H), β of the compressive memory; None without.
     """
 
     def __init__(
@@ -54,6 +55,7 @@ class Call:
         keep: bool,
         passed_fams: Sequence[Tensor] | None = None,
         offset: float = 0.0,
+        gates: Tensor | None = None,
     ) -> None:
         self.config = config
         self.plan = plan
@@ -62,6 +64,7 @@ class Call:
         self.keep = keep
         self.passed_fams = passed_fams
         self.offset = offset
+        self.gates = gates
         self.after: list[LayerMemory | None] = [None] * len(before)
         # rising[l]: the FAM input of layer l in block 0 (B.1), (R, N, d): the prompt rises once.
         self.rising: list[Tensor | None] = [None] * (len(before) + 1)

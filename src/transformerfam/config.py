@@ -14,7 +14,12 @@ AttentionPattern = Literal["full", "swa", "bswa", "xl", "longformer"]
 FamPosition = Literal["last", "float", "zero"]
 FamQueryPosition = Literal["same", "block_end"]
 FirstResidual = Literal["zero", "prompt"]
+MemorySource = Literal["input", "output"]
+CompressiveMemory = Literal["none", "linear", "delta"]
 Backend = Literal["sdpa", "eager", "flex"]
+
+# Modules that a decoder may get, as the geometry asks; see `FamConfig.added_modules`.
+ADDED_MODULES = ("fam_prompt", "memory_gates")
 
 # Fields that change speed, gradients or how a memory is looked at, but not how it is laid out.
 _NOT_PART_OF_A_MEMORY = ("backend", "stop_gradient", "fam_bias")
@@ -53,6 +58,11 @@ class FamConfig:
             window (attention sinks, StreamingLLM). Pretrained models read much better with them;
             the paper has none. Always 0 under `full`, which sees all, and `longformer`, whose
             globals are kept for ever instead.
+        memory_source: what the keys and values of past blocks are projected from: a layer's `input`,
+            or its `output` (feedback memory segments, FM in table 9): bswa without FAM.
+        compressive_memory: a matrix for each head that sums up all past blocks (Infini-attention,
+            arXiv 2404.07143), written by the `linear` or the `delta` rule, or `none`: bswa without
+            FAM.
         stop_gradient: no gradient through the keys and values of past blocks (`M1_SG`, figure 3a).
         backend: how attention is computed: `sdpa`, `eager` or `flex`. Changes no result.
 
@@ -73,6 +83,8 @@ class FamConfig:
     window: int | None = None
     global_positions: tuple[int, ...] = ()
     sink_tokens: int = 4
+    memory_source: MemorySource = "input"
+    compressive_memory: CompressiveMemory = "none"
     stop_gradient: bool = False
     backend: Backend = "sdpa"
 
@@ -87,6 +99,7 @@ class FamConfig:
         self._check_choices()
         self._check_pattern()
         self._check_feedback()
+        self._check_variants()
 
     # ---- geometry that follows from the fields
 
@@ -131,7 +144,15 @@ class FamConfig:
     @property
     def extra_state(self) -> tuple[str, ...]:
         """Names of the tensors that each layer keeps beside keys, values and FAM."""
-        return ()
+        if self.memory_source == "output":
+            return ("output_keys", "output_values")
+        return () if self.compressive_memory == "none" else ("compressed", "pending")
+
+    @property
+    def added_modules(self) -> tuple[str, ...]:
+        """Names of the modules, all of them trained, that the decoder has beside its family's."""
+        used = (self.has_feedback, self.compressive_memory != "none")
+        return tuple(name for name, is_used in zip(ADDED_MODULES, used, strict=True) if is_used)
 
     def receptive_field(self, layers: int) -> int | None:
         """Depth times window, in tokens, without feedback (section 2); None: unlimited."""
@@ -152,8 +173,16 @@ class FamConfig:
         return replace(self, **changes)
 
     def without_feedback(self) -> FamConfig:
-        """The same windows with the feedback memory off: TransformerBSWA."""
-        return replace(self, fam_length=0, previous_fams=1, feedback_norm="none", fam_bias=0.0)
+        """The same windows with no memory besides: TransformerBSWA."""
+        return replace(
+            self,
+            fam_length=0,
+            previous_fams=1,
+            feedback_norm="none",
+            fam_bias=0.0,
+            memory_source="input",
+            compressive_memory="none",
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON."""
@@ -204,6 +233,8 @@ class FamConfig:
             "fam_query_position": FamQueryPosition,
             "first_residual": FirstResidual,
             "attention": AttentionPattern,
+            "memory_source": MemorySource,
+            "compressive_memory": CompressiveMemory,
             "backend": Backend,
         }
         for name, allowed in choices.items():
@@ -267,3 +298,18 @@ class FamConfig:
                 "fam_position='last' gives FAM the last fam_length positions of a block, so "
                 "fam_length can be at most block_size."
             )
+
+    def _check_variants(self) -> None:
+        outputs, compressive = self.memory_source == "output", self.compressive_memory != "none"
+        if outputs and compressive:
+            raise ValueError(
+                "memory_source='output' and compressive_memory are two memories of past blocks; "
+                "choose one."
+            )
+        name = "memory_source='output'" if outputs else "compressive_memory"
+        if (outputs or compressive) and self.has_feedback:
+            raise ValueError(f"{name} stands in the place of FAM; set fam_length to 0.")
+        if (outputs or compressive) and self.attention != "bswa":
+            raise ValueError(f"{name} works on whole blocks: it needs attention='bswa'.")
+        if outputs and not self.memory_segments:
+            raise ValueError(f"{name} needs past blocks to see; set memory_segments to 1 or more.")

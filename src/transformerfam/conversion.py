@@ -20,6 +20,7 @@ from transformerfam.auto import FamFamilyConfig, register_family
 from transformerfam.config import FamConfig
 from transformerfam.modeling import (
     FamForCausalLM,
+    add_gates,
     add_prompt,
     all_or_nothing,
     decoder_of,
@@ -51,7 +52,8 @@ def convert(
 
     Returns:
         `model`, now with `model.fam_config`. Its only new parameter is the `fam_prompt` of its
-        decoder, (N, d), in the scale that the first layer reads (B.1).
+        decoder, (N, d), in the scale that the first layer reads (B.1); with a compressive memory,
+        its `memory_gates`, (layers, H).
 
     Raises:
         UnsupportedModelError: if the model cannot be converted; it is left as it was.
@@ -169,7 +171,7 @@ def reconfigure(
     prompt: PromptStart = "start",
     seed: int = 0,
 ) -> PreTrainedModel:
-    """Change the geometry of a TransformerFAM in place. A prompt of the same length is kept.
+    """Change the geometry of a TransformerFAM in place. Gates and a prompt of its length are kept.
 
     Memories made before do not fit a model of another geometry.
     """
@@ -181,6 +183,7 @@ def reconfigure(
     if config.has_feedback and (kept is None or kept.weight.shape[0] != config.fam_length):
         add_prompt(model)
         initialise_prompt(model, prompt, seed)
+    add_gates(model)
     return model
 
 

@@ -9,7 +9,12 @@ For a stream of L tokens, with B, M, N as in the paper and Lᶠ = ⌊L / B⌋ fi
 P_layers counts the weights of all layers' projections and feed-forwards. A token's query sees the keys
 of its window, the sinks behind it and N · k FAM keys once there are that many; each of the N queries of
 a FAM update sees N + B keys. Pairs are counted as the masks have them: a kernel that computes whole
-tiles does a little more. Norms, rotations and softmax are left out. Knows no torch.
+tiles does a little more. Norms, rotations and softmax are left out.
+
+With `memory_source="output"` a token goes through the layers' weights twice, once more to know what
+the next block sees; its keys and values of outputs, a third entry as far as the projections, are left
+out. So is a compressive memory, which costs what D/2 (to read) to 3/2 · D keys more cost a query.
+Knows no torch.
 """
 
 from __future__ import annotations
@@ -72,6 +77,7 @@ def flops(config: FamConfig, shape: ModelShape, length: int) -> int:
     updates = length // config.block_size if config.has_feedback else 0
     pairs = int(keys_per_query(config, np.arange(length)).sum())
     pairs += updates * config.fam_length * (config.fam_length + config.block_size)
-    layers = 2 * shape.layer_weights * (length + config.fam_length * updates)
+    entries = 2 if config.memory_source == "output" else 1
+    layers = 2 * shape.layer_weights * (entries * length + config.fam_length * updates)
     head = 2 * shape.head_weights * length
     return layers + head + 4 * shape.attention_width * shape.layers * pairs

@@ -20,6 +20,9 @@ from transformers.utils.output_capturing import _active_collector
 from transformerfam.attention import AttentionStyle
 from transformerfam.blocks import TokenPass
 from transformerfam.call import AttentionPass, Call
+from transformerfam.compressive import CompressivePass
+from transformerfam.config import FamConfig
+from transformerfam.feedback_segments import FeedbackSegmentsPass
 from transformerfam.probe import Probe
 
 ATTENTION_NAME = "transformerfam"
@@ -110,9 +113,17 @@ class FamLayer(Picklable):
         if isinstance(fam_call, Probe):
             tokens: AttentionPass = fam_call.enter(self.fam_index, hidden_states)
         else:
-            tokens = TokenPass(fam_call, self.fam_index, hidden_states, reenter)
+            kind = _token_pass(fam_call.config)
+            tokens = kind(fam_call, self.fam_index, hidden_states, reenter)
         own = {**kwargs, "attention_mask": tokens}
         return plain(hidden_states, *args, **own)
+
+
+def _token_pass(config: FamConfig) -> type[TokenPass]:
+    """What answers for the attention of tokens."""
+    if config.memory_source == "output":
+        return FeedbackSegmentsPass
+    return TokenPass if config.compressive_memory == "none" else CompressivePass
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from transformerfam.config import FamConfig
+from transformerfam.config import ADDED_MODULES, FamConfig
 from transformerfam.files import whole_file
 from transformerfam.layer_memory import LayerMemory
 from transformerfam.memory import Memory
@@ -47,8 +47,9 @@ def fingerprint(model: PreTrainedModel) -> str:
     """
     model = model.get_base_model() if hasattr(model, "get_base_model") else model
     digest = hashlib.sha256()
+    unused = set(ADDED_MODULES) - set(_geometry(model).added_modules)
     for name, tensor in sorted([*model.named_parameters(), *model.named_buffers()]):
-        if "fam_prompt" in name and not _geometry(model).has_feedback:
+        if any(module in name for module in unused):
             continue  # left from another geometry; nothing reads it
         flat = tensor.detach().contiguous().flatten()
         sample = flat[:: max(1, flat.numel() // _FINGERPRINT_SAMPLES)].to("cpu", torch.float64)

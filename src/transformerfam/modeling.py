@@ -19,12 +19,17 @@ from transformers.generation import GenerationMixin
 from transformers.modeling_outputs import ModelOutput
 
 from transformerfam.call import Call
-from transformerfam.config import FamConfig
+from transformerfam.config import ADDED_MODULES, FamConfig
 from transformerfam.layer import ATTENTION_NAME, FamLayer, Picklable, mixed
 from transformerfam.memory import Memory
 from transformerfam.plan import CallPlan
 from transformerfam.probe import find_rotaries
 from transformerfam.rotary import Rotary
+
+# β of the compressive memory at the start: sigmoid(-6) = 0.0025 of what a head reads is from it. What
+# an untrained memory gives back is an average over all of the past, and does harm; a gate that is
+# wholly shut would get no gradient.
+_GATE_START = -6.0
 
 # ---- the decoder
 
@@ -96,10 +101,11 @@ class FamDecoder(Picklable):
         )
         if memory is not None:
             call.commit(memory)
-        if self.training and call.rising[0] is not None:
+        for added in (call.rising[0], call.gates) if self.training else ():
             # No block 0 in this call, no use of the prompt: but wrappers that train in parallel wait
             # for a gradient of every parameter from every process.
-            output["last_hidden_state"] = output["last_hidden_state"] + 0 * call.rising[0].sum()
+            if added is not None:
+                output["last_hidden_state"] = output["last_hidden_state"] + 0 * added.sum()
         output["past_key_values"] = memory
         return output if return_dict is not False else output.to_tuple()
 
@@ -120,24 +126,29 @@ class FamDecoder(Picklable):
             past_length=state.past_length,
             passed=state.passed,
         )
-        prompt = None
+        prompt = gates = None
         if config.has_feedback:
-            # Looked up at each call: PEFT puts another module in its place.
-            slots = torch.arange(config.fam_length, device=inputs.device)
-            prompt = self.fam_prompt(slots)  # type: ignore[attr-defined]
+            prompt = self._added("fam_prompt", config.fam_length, inputs.device)
             # While it is trained it may be kept wider than the weights that read it.
             prompt = prompt.to(self.get_input_embeddings().weight.dtype)  # type: ignore[attr-defined]
-        before = list(state.layers_memory)
+        if config.compressive_memory != "none":
+            gates = self._added("memory_gates", len(layers_of(self)), inputs.device)
         return Call(
             config,
             plan,
-            before,
+            list(state.layers_memory),
             self.rotaries(),
             prompt,
             keep=memory is not None,
             passed_fams=state.passed_fams,
             offset=state.offset,
+            gates=gates,
         )
+
+    def _added(self, name: str, rows: int, device: torch.device) -> Tensor:
+        """All rows of a module that was added; looked up at each call: PEFT puts another there."""
+        weight: Tensor = getattr(self, name)(torch.arange(rows, device=device))
+        return weight
 
     def _check_call(self, memory: object, inputs: Tensor) -> None:
         if self.config._attn_implementation != ATTENTION_NAME:
@@ -293,7 +304,7 @@ def all_or_nothing(forward: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def install(model: PreTrainedModel) -> None:
-    """Give `model`, whose configuration has `fam`, its classes and its prompt."""
+    """Give `model`, whose configuration has `fam`, its classes, its prompt and its gates."""
     decoder = decoder_of(model)
     layers: list[Any] = layers_of(decoder)
     for index, layer in enumerate(layers):
@@ -302,6 +313,7 @@ def install(model: PreTrainedModel) -> None:
     decoder.__class__ = mixed(FamDecoder, type(decoder))
     model.config._attn_implementation = ATTENTION_NAME
     add_prompt(model)
+    add_gates(model)
 
 
 def uninstall(model: PreTrainedModel, model_class: type) -> None:
@@ -310,7 +322,8 @@ def uninstall(model: PreTrainedModel, model_class: type) -> None:
     for part in (*layers_of(decoder), decoder):
         if isinstance(part, Picklable):
             part.__class__ = type(part).__bases__[1]
-    decoder._modules.pop("fam_prompt", None)
+    for name in ADDED_MODULES:
+        decoder._modules.pop(name, None)
     decoder.__dict__.pop("_fam_rotaries", None)
     model.__class__ = model_class
 
@@ -321,12 +334,29 @@ def add_prompt(model: PreTrainedModel) -> None:
     length = decoder.fam_config.fam_length
     if not length:
         return
-    weight = decoder.get_input_embeddings().weight
-    dtype = weight.dtype if weight.is_floating_point() else torch.get_default_dtype()
-    prompt = nn.Embedding(length, model.config.hidden_size, device=weight.device, dtype=dtype)
+    prompt = _rows_beside_the_embeddings(decoder, length, model.config.hidden_size)
     if not prompt.weight.is_meta:
         nn.init.normal_(prompt.weight, std=getattr(model.config, "initializer_range", 0.02))
     decoder.fam_prompt = prompt
+
+
+def add_gates(model: PreTrainedModel) -> None:
+    """Add the gates of a compressive memory to the decoder, nearly shut, unless they are there."""
+    decoder = decoder_of(model)
+    if decoder.fam_config.compressive_memory == "none" or "memory_gates" in decoder._modules:
+        return
+    heads = model.config.num_attention_heads
+    gates = _rows_beside_the_embeddings(decoder, len(layers_of(decoder)), heads)
+    if not gates.weight.is_meta:
+        nn.init.constant_(gates.weight, _GATE_START)
+    decoder.memory_gates = gates
+
+
+def _rows_beside_the_embeddings(decoder: Any, rows: int, width: int) -> nn.Embedding:
+    """A module, which is what PEFT can save, of the type and on the device of the embeddings."""
+    weight = decoder.get_input_embeddings().weight
+    dtype = weight.dtype if weight.is_floating_point() else torch.get_default_dtype()
+    return nn.Embedding(rows, width, device=weight.device, dtype=dtype)
 
 
 # ---- finding our way in a model

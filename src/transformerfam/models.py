@@ -40,7 +40,6 @@ __all__ = [
 # Beside the weights of an adapter: the geometry that it was trained with.
 ADAPTER_FAM_CONFIG = "fam_config.json"
 _HUB_TIMEOUT_SECONDS = 10
-_PROMPT = "fam_prompt"
 
 
 def reading_config() -> FamConfig:
@@ -262,14 +261,14 @@ def _adapter_config(adapter: str) -> FamConfig:
 def _has_prompt(adapter: str) -> bool:
     """Whether an adapter was trained with a feedback memory."""
     saved = _json_values(Path(adapter) / "adapter_config.json").get("modules_to_save")
-    return _PROMPT in (saved or [])
+    return "fam_prompt" in (saved or [])
 
 
 def put_adapter(model: Any, adapter: str, *, trainable: bool = False) -> Any:
     """A PEFT model of `model` and the adapter in a folder.
 
-    An adapter of windows alone, without a FAM prompt, fits a model with feedback: the prompt of the
-    model then stays, and is trained if the adapter is.
+    An adapter of windows alone, without a FAM prompt or gates, fits a model that has them: those of
+    the model then stay, and are trained if the adapter is.
 
     Raises:
         ModelError: if the adapter has other weights than this model has places for.
@@ -280,15 +279,15 @@ def put_adapter(model: Any, adapter: str, *, trainable: bool = False) -> Any:
             config = peft.PeftConfig.from_pretrained(adapter)
             stored = peft.utils.load_peft_weights(adapter, device="cpu")
             saved = list(config.modules_to_save or [])
-            if model.fam_config.has_feedback and _PROMPT not in saved:
-                config.modules_to_save = [*saved, _PROMPT]
+            new = [name for name in model.fam_config.added_modules if name not in saved]
+            if new:
+                config.modules_to_save = [*saved, *new]
             config.inference_mode = not trainable
             # PEFT puts the name of this model; it may have been trained under another.
             config.base_model_name_or_path = None
             put = peft.get_peft_model(model, config)
             places = peft.get_peft_model_state_dict(put)
-            if _PROMPT not in saved:
-                stored |= {name: own for name, own in places.items() if _PROMPT in name}
+            stored |= {name: own for name, own in places.items() if any(n in name for n in new)}
             # PEFT tells of weights that find no place, and not of places that find no weights.
             if stray := sorted(stored.keys() ^ places.keys()):
                 raise ValueError(f"{stray[0]} is in one of both alone")

@@ -198,7 +198,7 @@ class CallPlan:
         if len(set(ages)) == 1:
             ages = ages[:1]
         rows = 1 if self.alike else self.rows
-        slots, taken = (grid.expand(rows, -1, -1) for grid in self._grid_slots)
+        slots, taken = (grid.expand(rows, -1, -1) for grid in self.grid_slots)
         seen = [
             self._block_mask(slots[r, j], taken[r, j], r, j, sliding_window)
             for r in range(rows)
@@ -220,7 +220,7 @@ class CallPlan:
         return list(range(self.blocks))
 
     @cached_property
-    def _grid_slots(self) -> tuple[Tensor, Tensor]:
+    def grid_slots(self) -> tuple[Tensor, Tensor]:
         """(R or 1, nb, L) slot of each query of the grid, and whether there is one."""
         columns, taken = self.query_columns
         slots = self.slots.gather(1, columns)

@@ -33,6 +33,14 @@ GEOMETRY: dict[str, tuple[str | None, str]] = {
     "window": ("TOKENS", "window of swa, xl and longformer"),
     "global_positions": ("POSITIONS", "positions that see all and are seen by all (0,1,...)"),
     "sink_tokens": ("TOKENS", "first tokens of the text that stay visible for ever"),
+    "memory_source": (
+        None,
+        "what past blocks' keys and values are made of: a layer's input or output",
+    ),
+    "compressive_memory": (
+        None,
+        "rule by which each head sums up all past blocks (Infini-attention), or none",
+    ),
     "stop_gradient": (None, "no gradient through past blocks; matters in training only"),
     "backend": (None, "how attention is computed; changes no result"),
 }
@@ -96,6 +104,7 @@ def changed(base: FamConfig, changes: dict[str, Any]) -> FamConfig:
     pattern = changes.get("attention", base.attention)
     if pattern != base.attention:
         values.update(window=None, global_positions=())
+        values.update(memory_source="input", compressive_memory="none")
     if changes.get("fam_length", base.fam_length) != base.fam_length:
         per_slot = isinstance(base.feedback_norm, tuple)
         if changes.get("fam_length") == 0:

@@ -106,6 +106,10 @@ def describe(config: FamConfig) -> str:
     if config.sink_tokens:
         parts.append(f"{config.sink_tokens} sinks")
     parts.append(f"{config.fam_length} feedback slots" if config.has_feedback else "no feedback")
+    if config.memory_source == "output":
+        parts.append("past blocks as layers' outputs")
+    if config.compressive_memory != "none":
+        parts.append(f"a compressive memory ({config.compressive_memory} rule)")
     return ", ".join(parts)
 
 

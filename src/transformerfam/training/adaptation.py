@@ -1,5 +1,7 @@
 """What of a model is trained, and how what was learned is kept (section 3.1: LoRA and the prompt).
 
+Other variants of the geometry have other modules of their own; `FamConfig.added_modules` names them.
+
 Knows PEFT and folders; nothing of steps and data.
 """
 
@@ -25,7 +27,6 @@ from transformerfam.models import ADAPTER_FAM_CONFIG, is_trained, load, put_adap
 from transformerfam.training.recipe import Recipe
 from transformerfam.training.settings import TrainSettings
 
-_PROMPT = "fam_prompt"
 # PEFT's name for "no matrices": the adapter then holds nothing but `modules_to_save`.
 _NO_MATRICES = "dummy-target-modules"
 
@@ -84,7 +85,7 @@ def _with_adapter(model: Any, settings: TrainSettings, adapter: str) -> Any:
         lora_alpha=settings.alpha,
         lora_dropout=settings.dropout,
         target_modules=targets,
-        modules_to_save=[_PROMPT] if model.fam_config.has_feedback else None,
+        modules_to_save=list(model.fam_config.added_modules) or None,
         task_type="CAUSAL_LM",
     )
     try:
@@ -100,8 +101,10 @@ def _go_on_from(adapter: str, model: Any, settings: TrainSettings) -> Any:
     """`model` with an adapter of it, which is trained on."""
     adapted = put_adapter(model, adapter, trainable=True)
     if settings.what == "prompt":
+        added = model.fam_config.added_modules
         for name, parameter in adapted.named_parameters():
-            parameter.requires_grad_(parameter.requires_grad and _PROMPT in name)
+            of_ours = any(module in name for module in added)
+            parameter.requires_grad_(parameter.requires_grad and of_ours)
     return adapted
 
 

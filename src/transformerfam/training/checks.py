@@ -142,7 +142,7 @@ def _check_train(recipe: Recipe) -> None:
         'train.targets names all matrices with "all-linear"; leave the others out.',
     )
     _refuse_unless(
-        train.what != "prompt" or recipe.fam.has_feedback,
+        train.what != "prompt" or bool(recipe.fam.added_modules),
         'train.what="prompt" trains the FAM prompt alone, and fam.fam_length=0 has none.',
     )
     _refuse_unless(
