@@ -27,6 +27,7 @@ ORDER = [
         "call",
         "feedback",
         "blocks",
+        "recurrent",
     ),
     *("probe", "layer", "modeling", "auto", "conversion", "embedded", "models"),
     *("text", "stream", "turns", "data", "plots", "benchmark"),

@@ -14,6 +14,7 @@ AttentionPattern = Literal["full", "swa", "bswa", "xl", "longformer"]
 FamPosition = Literal["last", "float", "zero"]
 FamQueryPosition = Literal["same", "block_end"]
 FirstResidual = Literal["zero", "prompt"]
+Recurrence = Literal["layer", "rmt", "autocompressor"]
 Backend = Literal["sdpa", "eager", "flex"]
 
 # Fields that change speed, gradients or how a memory is looked at, but not how it is laid out.
@@ -53,6 +54,10 @@ class FamConfig:
             window (attention sinks, StreamingLLM). Pretrained models read much better with them;
             the paper has none. Always 0 under `full`, which sees all, and `longformer`, whose
             globals are kept for ever instead.
+        recurrence: which way memory runs. `layer`: from each layer to itself, one block later (the
+            paper). `rmt` (arXiv 2207.06881): the top layer writes fam_length memory tokens that the
+            next block reads at the bottom layer. `autocompressor` (arXiv 2305.14788): the same, and
+            every later block reads them: the memory grows. See `transformerfam.recurrent`.
         stop_gradient: no gradient through the keys and values of past blocks (`M1_SG`, figure 3a).
         backend: how attention is computed: `sdpa`, `eager` or `flex`. Changes no result.
 
@@ -73,6 +78,7 @@ class FamConfig:
     window: int | None = None
     global_positions: tuple[int, ...] = ()
     sink_tokens: int = 4
+    recurrence: Recurrence = "layer"
     stop_gradient: bool = False
     backend: Backend = "sdpa"
 
@@ -81,12 +87,13 @@ class FamConfig:
         object.__setattr__(self, "global_positions", tuple(sorted(set(self.global_positions))))
         if isinstance(self.feedback_norm, (list, tuple)):
             object.__setattr__(self, "feedback_norm", tuple(float(c) for c in self.feedback_norm))
-        if self.attention in ("full", "longformer"):
+        if self.attention in ("full", "longformer") or self.through_stack:
             object.__setattr__(self, "sink_tokens", 0)
         self._check_numbers()
         self._check_choices()
         self._check_pattern()
         self._check_feedback()
+        self._check_recurrence()
 
     # ---- geometry that follows from the fields
 
@@ -94,6 +101,11 @@ class FamConfig:
     def has_feedback(self) -> bool:
         """Whether there is a feedback memory at all."""
         return self.fam_length > 0
+
+    @property
+    def through_stack(self) -> bool:
+        """Whether memory goes from the top layer of a block to the bottom layer of the next."""
+        return self.recurrence != "layer"
 
     @property
     def window_length(self) -> int | None:
@@ -123,7 +135,7 @@ class FamConfig:
     @property
     def slots(self) -> int | None:
         """Keys that each layer keeps: past, anchors, FAMs and the current block; None: it grows."""
-        if self.past_length is None:
+        if self.past_length is None or self.recurrence == "autocompressor":
             return None
         fams = self.previous_fams * self.fam_length
         return self.past_length + len(self.anchor_positions) + fams + self.block_size
@@ -153,7 +165,14 @@ class FamConfig:
 
     def without_feedback(self) -> FamConfig:
         """The same windows with the feedback memory off: TransformerBSWA."""
-        return replace(self, fam_length=0, previous_fams=1, feedback_norm="none", fam_bias=0.0)
+        return replace(
+            self,
+            fam_length=0,
+            previous_fams=1,
+            feedback_norm="none",
+            fam_bias=0.0,
+            recurrence="layer",
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON."""
@@ -204,6 +223,7 @@ class FamConfig:
             "fam_query_position": FamQueryPosition,
             "first_residual": FirstResidual,
             "attention": AttentionPattern,
+            "recurrence": Recurrence,
             "backend": Backend,
         }
         for name, allowed in choices.items():
@@ -262,8 +282,25 @@ class FamConfig:
             raise ValueError(
                 "previous_fams, feedback_norm and fam_bias need a feedback memory; set fam_length."
             )
-        if self.fam_position == "last" and self.fam_length > self.block_size:
+        by_block = self.fam_position == "last" and not self.through_stack
+        if by_block and self.fam_length > self.block_size:
             raise ValueError(
                 "fam_position='last' gives FAM the last fam_length positions of a block, so "
                 "fam_length can be at most block_size."
+            )
+
+    def _check_recurrence(self) -> None:
+        if not self.through_stack:
+            return
+        name = f"recurrence={self.recurrence!r}"
+        if not self.has_feedback:
+            raise ValueError(f"{name} needs memory tokens; set fam_length to 1 or more.")
+        if self.memory_segments or self.attention != "bswa":
+            raise ValueError(
+                f"Under {name} blocks see each other through memory tokens alone; set "
+                "memory_segments=0 and attention='bswa'."
+            )
+        if self.previous_fams > 1 or self.feedback_norm != "none":
+            raise ValueError(
+                f"previous_fams and feedback_norm do nothing under {name}; leave them out."
             )

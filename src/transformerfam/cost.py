@@ -9,7 +9,10 @@ For a stream of L tokens, with B, M, N as in the paper and Lᶠ = ⌊L / B⌋ fi
 P_layers counts the weights of all layers' projections and feed-forwards. A token's query sees the keys
 of its window, the sinks behind it and N · k FAM keys once there are that many; each of the N queries of
 a FAM update sees N + B keys. Pairs are counted as the masks have them: a kernel that computes whole
-tiles does a little more. Norms, rotations and softmax are left out. Knows no torch.
+tiles does a little more. Norms, rotations and softmax are left out.
+
+Where memory runs through the stack (`recurrence`), memory tokens are rows of the layers like any
+others: those in front of every block and the N behind every finished one. Knows no torch.
 """
 
 from __future__ import annotations
@@ -45,6 +48,8 @@ def keys_per_query(config: FamConfig, positions: Counts) -> Counts:
     """Keys that the token at each position sees: window, sinks or globals, and FAMs."""
     t = positions.astype(np.int64)
     keys = _window_keys(config, t)
+    if config.through_stack:
+        return keys + _in_front(config, t // config.block_size)
     if config.attention == "longformer":
         globals_ = np.array(config.global_positions)
         before_window = (globals_[None] <= (t - keys)[:, None]).sum(1)
@@ -69,9 +74,30 @@ def _window_keys(config: FamConfig, t: Counts) -> Counts:
 
 def flops(config: FamConfig, shape: ModelShape, length: int) -> int:
     """Floating-point operations to read the first `length` tokens of a stream; see above."""
-    updates = length // config.block_size if config.has_feedback else 0
     pairs = int(keys_per_query(config, np.arange(length)).sum())
-    pairs += updates * config.fam_length * (config.fam_length + config.block_size)
-    layers = 2 * shape.layer_weights * (length + config.fam_length * updates)
+    rows, more = _memory_rows(config, length)
+    pairs += more
+    layers = 2 * shape.layer_weights * (length + rows)
     head = 2 * shape.head_weights * length
     return layers + head + 4 * shape.attention_width * shape.layers * pairs
+
+
+def _in_front(config: FamConfig, block: Counts) -> Counts:
+    """Memory tokens in front of each block, where memory runs through the stack."""
+    N = config.fam_length
+    return np.full_like(block, N) if config.recurrence == "rmt" else N * block
+
+
+def _memory_rows(config: FamConfig, length: int) -> tuple[int, int]:
+    """Rows of memory that go through each layer, and pairs of one and a key that it sees."""
+    B, N = config.block_size, config.fam_length
+    finished = length // B
+    if not config.has_feedback:
+        return 0, 0
+    if not config.through_stack:
+        return N * finished, finished * N * (N + B)
+    S = _in_front(config, np.arange(-(-length // B), dtype=np.int64))
+    each_other = config.recurrence == "rmt"
+    in_front = S * S if each_other else S * (S + 1) // 2
+    behind = N * (S[:finished] + B) + (N * N if each_other else N * (N + 1) // 2)
+    return int(S.sum()) + N * finished, int(in_front.sum() + behind.sum())

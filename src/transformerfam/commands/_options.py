@@ -33,6 +33,11 @@ GEOMETRY: dict[str, tuple[str | None, str]] = {
     "window": ("TOKENS", "window of swa, xl and longformer"),
     "global_positions": ("POSITIONS", "positions that see all and are seen by all (0,1,...)"),
     "sink_tokens": ("TOKENS", "first tokens of the text that stay visible for ever"),
+    "recurrence": (
+        None,
+        "which way memory runs: within each layer, or from the top layer to the bottom of the next "
+        "block as in RMT and AutoCompressors",
+    ),
     "stop_gradient": (None, "no gradient through past blocks; matters in training only"),
     "backend": (None, "how attention is computed; changes no result"),
 }
@@ -99,7 +104,7 @@ def changed(base: FamConfig, changes: dict[str, Any]) -> FamConfig:
     if changes.get("fam_length", base.fam_length) != base.fam_length:
         per_slot = isinstance(base.feedback_norm, tuple)
         if changes.get("fam_length") == 0:
-            values.update(feedback_norm="none", previous_fams=1, fam_bias=0.0)
+            values.update(feedback_norm="none", previous_fams=1, fam_bias=0.0, recurrence="layer")
         elif per_slot:
             values.update(feedback_norm="none")
     try:
