@@ -220,7 +220,8 @@ class Memory(Cache):
         before = {name: getattr(self, name) for name in names}
 
         def put_back() -> None:
-            vars(self).update(before)
+            for name, value in before.items():
+                setattr(self, name, value)
 
         return put_back
 

@@ -7,10 +7,12 @@ digits. With several keys each has a name, and the query names one of them.
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from transformerfam.config import FamConfig
 from transformerfam.conversion import convert
@@ -116,14 +118,31 @@ class TakingTurns:
         return self.sources[step % len(self.sources)].draw(number)
 
 
-def digit_accuracy(model: Any, source: ToyPasskeys, blocks: int, count: int) -> float:
-    """Share of the digits of `count` keys, after texts that training never sees; chance is 0.1."""
+def digit_accuracy(
+    model: Any,
+    source: ToyPasskeys,
+    blocks: int,
+    count: int,
+    read: Callable[[Any, Tensor, int], Tensor] = logits_from,
+) -> float:
+    """Share of the digits of `count` keys, after texts that training never sees; chance is 0.1.
+
+    `read` gives the model's predictions after the tokens of ids (R, T) from a place on.
+    """
     rng = random.Random(f"asked/{blocks}")
     ids = torch.tensor([list(source.example(rng, blocks).ids) for _ in range(count)])
     digits = source.shape.digits
     model.eval()
-    logits = logits_from(model, ids, ids.shape[1] - digits - 1)
+    logits = read(model, ids, ids.shape[1] - digits - 1)
     return float((logits[:, :-1].argmax(-1) == ids[:, -digits:]).float().mean())
+
+
+def sources_of(part: Part, seed: int, steps: int) -> tuple[ToyPasskeys, ...]:
+    """What a part is trained on in so many steps."""
+    lengths = tuple((round(share * steps), most) for share, most in part.lengths)
+    return tuple(
+        ToyPasskeys(part.shape, keys, where, lengths, seed) for keys, where in part.trained
+    )
 
 
 def trained(part: Part, variant: Variant, seed: int, steps: int) -> tuple[Any, list[float]]:
@@ -145,8 +164,7 @@ def trained(part: Part, variant: Variant, seed: int, steps: int) -> tuple[Any, l
             "run": {"steps": steps, "seed": seed, "activation_checkpointing": False},
         }
     )
-    lengths = tuple((round(share * steps), most) for share, most in part.lengths)
-    sources = [ToyPasskeys(shape, keys, where, lengths, seed) for keys, where in part.trained]
+    source = TakingTurns(sources_of(part, seed, steps))
     model = adapt(toy_model(recipe.fam, shape, seed), recipe.train, seed)
-    losses = Trainer(recipe, model, TakingTurns(tuple(sources)), quiet=True).run().losses
+    losses = Trainer(recipe, model, source, quiet=True).run().losses
     return model, [loss for loss in losses if loss is not None]
