@@ -96,6 +96,19 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"memory_source": "output", "compressive_memory": "linear", "fam_length": 0},
         "two memories of past blocks; choose one",
     ),
+    "through the stack with windows": (
+        {"recurrence": "rmt"},
+        "set memory_segments=0 and attention='bswa'",
+    ),
+    "through the stack without memory tokens": (
+        {"recurrence": "rmt", "memory_segments": 0, "fam_length": 0},
+        "needs memory tokens",
+    ),
+    "through the stack with a norm": (
+        {"recurrence": "autocompressor", "memory_segments": 0, "feedback_norm": "rms"},
+        "previous_fams and feedback_norm do nothing",
+    ),
+    "an unknown recurrence": ({"recurrence": "lstm"}, "recurrence must be one of layer, rmt"),
     "more slots than positions": (
         {"block_size": 4, "fam_length": 5},
         "fam_length can be at most block_size",
@@ -241,6 +254,13 @@ def test_what_a_variant_keeps_and_adds_goes_with_it() -> None:
         assert (config.extra_state, config.added_modules) == (kept, added)
         assert config.without_feedback() == plain
     assert FamConfig.paper().added_modules == ("fam_prompt",)
+
+
+def test_memory_through_the_stack_has_no_sinks_and_grows_in_an_autocompressor() -> None:
+    rmt = FamConfig(block_size=8, memory_segments=0, fam_length=9, recurrence="rmt")
+    assert (rmt.sink_tokens, rmt.slots) == (0, 8 + 9)
+    assert rmt.replace(recurrence="autocompressor").slots is None
+    assert rmt.without_feedback().recurrence == "layer"
 
 
 def test_a_memory_fits_where_only_speed_or_gradients_differ() -> None:

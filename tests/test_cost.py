@@ -58,6 +58,22 @@ def test_attention_is_counted_by_pairs_and_full_attention_grows_with_the_square(
     assert flops(fam, shape, 12) == 4 * 8 * 3 * (tokens + updates)
 
 
+@pytest.mark.parametrize("kind", ["rmt", "autocompressor"])
+def test_memory_through_the_stack_is_counted_by_the_masks_of_its_blocks(kind: str) -> None:
+    B, N, length = 4, 3, 14
+    config = FamConfig.paper(block_size=B, memory_segments=0, fam_length=N, recurrence=kind)
+    rows = pairs = 0
+    for block, first in enumerate(range(0, length, B)):
+        S, tokens = (N if kind == "rmt" else block * N), min(B, length - first)
+        places = S + tokens + (N if tokens == B else 0)
+        sees = masks.segment(config, S)
+        pairs += sum(bool(sees(q, k)) for q in range(places) for k in range(places))
+        rows += places
+    shape = ModelShape(layers=3, layer_weights=100, head_weights=10, attention_width=8)
+    expected = 2 * 100 * rows + 2 * 10 * length + 4 * 8 * 3 * pairs
+    assert flops(config, shape, length) == expected
+
+
 def test_head_and_layers_are_two_operations_a_weight_and_token() -> None:
     shape = ModelShape(layers=3, layer_weights=100, head_weights=10, attention_width=0)
     assert flops(FamConfig.paper(block_size=4, fam_length=0), shape, 7) == 2 * 110 * 7

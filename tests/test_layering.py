@@ -29,6 +29,7 @@ ORDER = [
         "blocks",
         "feedback_segments",
         "compressive",
+        "recurrent",
     ),
     *("probe", "layer", "modeling", "auto", "conversion", "embedded", "models"),
     *("text", "stream", "turns", "data", "plots", "benchmark"),

@@ -300,6 +300,14 @@ TOGETHER: list[tuple[str, str]] = [
     ("feedback.bptt_blocks=1", "teaches FAM nothing"),
     ("feedback.state_passing=2", "is a probability, from 0 to 1, and cannot be 2"),
     ("feedback.state_passing=0.8 data.layout=documents", "carried from step to step already"),
+    (
+        "fam.recurrence=rmt fam.memory_segments=0 feedback.state_passing=0.8",
+        'under fam.recurrence="rmt" there is none',
+    ),
+    (
+        "fam.recurrence=rmt fam.memory_segments=0 data.layout=documents",
+        'rows stand alike; take "packed" or "single"',
+    ),
     ("feedback.position_offset=-0.1", "is a probability"),
     ("feedback.position_offset_limit=0", "must be above 0"),
     ("feedback.bias_power=0", "feedback.bias_power must be above 0"),

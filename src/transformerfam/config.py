@@ -16,6 +16,7 @@ FamQueryPosition = Literal["same", "block_end"]
 FirstResidual = Literal["zero", "prompt"]
 MemorySource = Literal["input", "output"]
 CompressiveMemory = Literal["none", "linear", "delta"]
+Recurrence = Literal["layer", "rmt", "autocompressor"]
 Backend = Literal["sdpa", "eager", "flex"]
 
 # Modules that a decoder may get, as the geometry asks; see `FamConfig.added_modules`.
@@ -63,6 +64,10 @@ class FamConfig:
         compressive_memory: a matrix for each head that sums up all past blocks (Infini-attention,
             arXiv 2404.07143), written by the `linear` or the `delta` rule, or `none`: bswa without
             FAM.
+        recurrence: which way memory runs. `layer`: from each layer to itself, one block later (the
+            paper). `rmt` (arXiv 2207.06881): the top layer writes fam_length memory tokens that the
+            next block reads at the bottom layer. `autocompressor` (arXiv 2305.14788): the same, and
+            every later block reads them: the memory grows. See `transformerfam.recurrent`.
         stop_gradient: no gradient through the keys and values of past blocks (`M1_SG`, figure 3a).
         backend: how attention is computed: `sdpa`, `eager` or `flex`. Changes no result.
 
@@ -85,6 +90,7 @@ class FamConfig:
     sink_tokens: int = 4
     memory_source: MemorySource = "input"
     compressive_memory: CompressiveMemory = "none"
+    recurrence: Recurrence = "layer"
     stop_gradient: bool = False
     backend: Backend = "sdpa"
 
@@ -93,13 +99,14 @@ class FamConfig:
         object.__setattr__(self, "global_positions", tuple(sorted(set(self.global_positions))))
         if isinstance(self.feedback_norm, (list, tuple)):
             object.__setattr__(self, "feedback_norm", tuple(float(c) for c in self.feedback_norm))
-        if self.attention in ("full", "longformer"):
+        if self.attention in ("full", "longformer") or self.through_stack:
             object.__setattr__(self, "sink_tokens", 0)
         self._check_numbers()
         self._check_choices()
         self._check_pattern()
         self._check_feedback()
         self._check_variants()
+        self._check_recurrence()
 
     # ---- geometry that follows from the fields
 
@@ -107,6 +114,11 @@ class FamConfig:
     def has_feedback(self) -> bool:
         """Whether there is a feedback memory at all."""
         return self.fam_length > 0
+
+    @property
+    def through_stack(self) -> bool:
+        """Whether memory goes from the top layer of a block to the bottom layer of the next."""
+        return self.recurrence != "layer"
 
     @property
     def window_length(self) -> int | None:
@@ -136,7 +148,7 @@ class FamConfig:
     @property
     def slots(self) -> int | None:
         """Keys that each layer keeps: past, anchors, FAMs and the current block; None: it grows."""
-        if self.past_length is None:
+        if self.past_length is None or self.recurrence == "autocompressor":
             return None
         fams = self.previous_fams * self.fam_length
         return self.past_length + len(self.anchor_positions) + fams + self.block_size
@@ -182,6 +194,7 @@ class FamConfig:
             fam_bias=0.0,
             memory_source="input",
             compressive_memory="none",
+            recurrence="layer",
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -235,6 +248,7 @@ class FamConfig:
             "attention": AttentionPattern,
             "memory_source": MemorySource,
             "compressive_memory": CompressiveMemory,
+            "recurrence": Recurrence,
             "backend": Backend,
         }
         for name, allowed in choices.items():
@@ -293,7 +307,8 @@ class FamConfig:
             raise ValueError(
                 "previous_fams, feedback_norm and fam_bias need a feedback memory; set fam_length."
             )
-        if self.fam_position == "last" and self.fam_length > self.block_size:
+        by_block = self.fam_position == "last" and not self.through_stack
+        if by_block and self.fam_length > self.block_size:
             raise ValueError(
                 "fam_position='last' gives FAM the last fam_length positions of a block, so "
                 "fam_length can be at most block_size."
@@ -313,3 +328,19 @@ class FamConfig:
             raise ValueError(f"{name} works on whole blocks: it needs attention='bswa'.")
         if outputs and not self.memory_segments:
             raise ValueError(f"{name} needs past blocks to see; set memory_segments to 1 or more.")
+
+    def _check_recurrence(self) -> None:
+        if not self.through_stack:
+            return
+        name = f"recurrence={self.recurrence!r}"
+        if not self.has_feedback:
+            raise ValueError(f"{name} needs memory tokens; set fam_length to 1 or more.")
+        if self.memory_segments or self.attention != "bswa":
+            raise ValueError(
+                f"Under {name} blocks see each other through memory tokens alone; set "
+                "memory_segments=0 and attention='bswa'."
+            )
+        if self.previous_fams > 1 or self.feedback_norm != "none":
+            raise ValueError(
+                f"previous_fams and feedback_norm do nothing under {name}; leave them out."
+            )

@@ -14,7 +14,9 @@ tiles does a little more. Norms, rotations and softmax are left out.
 With `memory_source="output"` a token goes through the layers' weights twice, once more to know what
 the next block sees; its keys and values of outputs, a third entry as far as the projections, are left
 out. So is a compressive memory, which costs what D/2 (to read) to 3/2 · D keys more cost a query.
-Knows no torch.
+
+Where memory runs through the stack (`recurrence`), memory tokens are rows of the layers like any
+others: those in front of every block and the N behind every finished one. Knows no torch.
 """
 
 from __future__ import annotations
@@ -50,6 +52,8 @@ def keys_per_query(config: FamConfig, positions: Counts) -> Counts:
     """Keys that the token at each position sees: window, sinks or globals, and FAMs."""
     t = positions.astype(np.int64)
     keys = _window_keys(config, t)
+    if config.through_stack:
+        return keys + _in_front(config, t // config.block_size)
     if config.attention == "longformer":
         globals_ = np.array(config.global_positions)
         before_window = (globals_[None] <= (t - keys)[:, None]).sum(1)
@@ -74,10 +78,31 @@ def _window_keys(config: FamConfig, t: Counts) -> Counts:
 
 def flops(config: FamConfig, shape: ModelShape, length: int) -> int:
     """Floating-point operations to read the first `length` tokens of a stream; see above."""
-    updates = length // config.block_size if config.has_feedback else 0
     pairs = int(keys_per_query(config, np.arange(length)).sum())
-    pairs += updates * config.fam_length * (config.fam_length + config.block_size)
+    rows, more = _memory_rows(config, length)
+    pairs += more
     entries = 2 if config.memory_source == "output" else 1
-    layers = 2 * shape.layer_weights * (entries * length + config.fam_length * updates)
+    layers = 2 * shape.layer_weights * (entries * length + rows)
     head = 2 * shape.head_weights * length
     return layers + head + 4 * shape.attention_width * shape.layers * pairs
+
+
+def _in_front(config: FamConfig, block: Counts) -> Counts:
+    """Memory tokens in front of each block, where memory runs through the stack."""
+    N = config.fam_length
+    return np.full_like(block, N) if config.recurrence == "rmt" else N * block
+
+
+def _memory_rows(config: FamConfig, length: int) -> tuple[int, int]:
+    """Rows of memory that go through each layer, and pairs of one and a key that it sees."""
+    B, N = config.block_size, config.fam_length
+    finished = length // B
+    if not config.has_feedback:
+        return 0, 0
+    if not config.through_stack:
+        return N * finished, finished * N * (N + B)
+    S = _in_front(config, np.arange(-(-length // B), dtype=np.int64))
+    each_other = config.recurrence == "rmt"
+    in_front = S * S if each_other else S * (S + 1) // 2
+    behind = N * (S[:finished] + B) + (N * N if each_other else N * (N + 1) // 2)
+    return int(S.sum()) + N * finished, int(in_front.sum() + behind.sum())

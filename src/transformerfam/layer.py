@@ -24,6 +24,7 @@ from transformerfam.compressive import CompressivePass
 from transformerfam.config import FamConfig
 from transformerfam.feedback_segments import FeedbackSegmentsPass
 from transformerfam.probe import Probe
+from transformerfam.recurrent import SegmentCall
 
 ATTENTION_NAME = "transformerfam"
 
@@ -94,7 +95,11 @@ class FamLayer(Picklable):
     fam_index: int
 
     def forward(
-        self, hidden_states: Tensor, *args: Any, fam_call: Call | Probe | None = None, **kwargs: Any
+        self,
+        hidden_states: Tensor,
+        *args: Any,
+        fam_call: Call | SegmentCall | Probe | None = None,
+        **kwargs: Any,
     ) -> Any:
         """The family's layer, with a pass of `fam_call` in place of the attention mask."""
         if fam_call is None:
@@ -110,7 +115,9 @@ class FamLayer(Picklable):
                 out = plain(rows, *args, **own)
             return out[0] if isinstance(out, tuple) else out
 
-        if isinstance(fam_call, Probe):
+        if isinstance(fam_call, SegmentCall):
+            hidden_states = fam_call.inputs(self.fam_index, hidden_states)
+        if isinstance(fam_call, (Probe, SegmentCall)):
             tokens: AttentionPass = fam_call.enter(self.fam_index, hidden_states)
         else:
             kind = _token_pass(fam_call.config)

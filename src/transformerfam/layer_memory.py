@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -86,6 +86,16 @@ class LayerMemory:
             fam=hidden.new_zeros(rows, config.fam_length, hidden.shape[-1]),
             owned=not torch.is_grad_enabled(),
         )
+
+    @classmethod
+    def without_slots(cls, key: Tensor, value: Tensor, hidden: Tensor) -> LayerMemory:
+        """A layer that holds nothing and has no FAM, of the types of its key, value and input."""
+        keys, values = (t.new_zeros(*t.shape[:2], 0, t.shape[3]) for t in (key, value))
+        return cls(keys, values, keys.clone(), hidden.new_zeros(len(hidden), 0, hidden.shape[-1]))
+
+    def with_tokens(self, tokens: KeyValue) -> LayerMemory:
+        """The same with other keys and values."""
+        return replace(self, keys=tokens.keys, values=tokens.values)
 
     @staticmethod
     def names(config: FamConfig) -> tuple[str, ...]:

@@ -88,3 +88,16 @@ def fam_sees_token(config: FamConfig) -> Predicate:
     """The FAM queries of block τ see all of block τ and nothing else of the text."""
     B = config.block_size
     return lambda fam_block, key: key // B == fam_block
+
+
+def segment(config: FamConfig, memory_tokens: int) -> Predicate:
+    """Within one block between memory tokens, by places in [ memory | block | memory to write ].
+
+    Causal; in RMT the memory tokens of either end also see those behind them of the same end.
+    """
+    if config.recurrence != "rmt":
+        return causal
+    S, end = memory_tokens, memory_tokens + config.block_size
+    return lambda query, key: (
+        (key <= query) | ((query < S) & (key < S)) | ((query >= end) & (key >= end))
+    )

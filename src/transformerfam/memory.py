@@ -37,6 +37,9 @@ class Memory(Cache):
             `transformerfam.read` so that a resumed stream scores its very first token; else None.
         passed: for each row whether its stream began with the FAM of another (`begin_with`).
         passed_fams: that FAM, each layer's (rows, N, d), until something is read; else None.
+        written: (rows, S, d), memory tokens that the top layer wrote and the next block reads, under
+            `recurrence` "rmt" and "autocompressor"; S is 0 in the first block. None: nothing read, or
+            another recurrence.
         offset: position of the first token (B.2, random position offset). It matters only where FAM
             stands at position `zero`; all other scores depend on differences of positions.
     """
@@ -51,6 +54,7 @@ class Memory(Cache):
         self.next_logits: Tensor | None = None
         self.passed: tuple[bool, ...] = (False,) * rows
         self.passed_fams: tuple[Tensor, ...] | None = None
+        self.written: Tensor | None = None
         self.offset = 0.0
 
     @classmethod
@@ -82,6 +86,8 @@ class Memory(Cache):
             if layer is not None:
                 for name, tensor in layer.named_tensors():
                     yield f"{index}.{name}", tensor
+        if self.written is not None:
+            yield "written", self.written
         if self.next_logits is not None:
             yield "next_logits", self.next_logits
 
@@ -116,8 +122,10 @@ class Memory(Cache):
         layers: Sequence[LayerMemory],
         counts: Sequence[int],
         next_logits: Tensor | None = None,
+        written: Tensor | None = None,
     ) -> None:
         """Take over the state after `counts` more tokens of each row."""
+        self.written = written
         self.layers_memory = list(layers)
         self.position = tuple(p + n for p, n in zip(self.position, counts, strict=True))
         self.next_logits = next_logits
@@ -134,6 +142,11 @@ class Memory(Cache):
         Raises:
             ValueError: if something was read already, or the FAM does not fit.
         """
+        if self.config.through_stack:
+            raise ValueError(
+                "A FAM can be passed from layer to layer, and under "
+                f"recurrence={self.config.recurrence!r} layers have none."
+            )
         if any(self.position):
             raise ValueError("Only a stream that has read nothing can begin with a FAM.")
         N = self.config.fam_length
@@ -191,6 +204,7 @@ class Memory(Cache):
         new.position = position
         new.layers_memory = [None if m is None else m.map(change) for m in self.layers_memory]
         new.next_logits = None if self.next_logits is None else change(self.next_logits)
+        new.written = None if self.written is None else change(self.written)
         new.passed, new.offset = passed, self.offset
         if self.passed_fams is not None:
             new.passed_fams = tuple(change(f) for f in self.passed_fams)
@@ -202,10 +216,12 @@ class Memory(Cache):
 
     def undo(self) -> Callable[[], None]:
         """A function that puts the memory back to where it is now. Costs nothing."""
-        before = (self.position, self.layers_memory, self.next_logits, self.passed_fams)
+        names = ("position", "layers_memory", "next_logits", "passed_fams", "written")
+        before = {name: getattr(self, name) for name in names}
 
         def put_back() -> None:
-            self.position, self.layers_memory, self.next_logits, self.passed_fams = before
+            for name, value in before.items():
+                setattr(self, name, value)
 
         return put_back
 
@@ -213,7 +229,7 @@ class Memory(Cache):
         """Take over the state of another memory of the same geometry."""
         self.position = other.position
         self.layers_memory = other.layers_memory
-        self.next_logits = other.next_logits
+        self.next_logits, self.written = other.next_logits, other.written
         self.passed, self.passed_fams, self.offset = other.passed, other.passed_fams, other.offset
 
     # ---- files

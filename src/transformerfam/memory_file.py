@@ -225,7 +225,9 @@ def _assemble(
     position, layers = _whole_numbers(header, path)
     memory = Memory(config, len(position), layers)
     on_device = {name: t.to(device) for name, t in tensors.items()}
-    next_logits = on_device.pop("next_logits", None)
+    next_logits, written = on_device.pop("next_logits", None), on_device.pop("written", None)
+    if (written is not None) != (config.through_stack and any(position)):
+        raise _damaged(path)
     if on_device or any(position):
         kept = LayerMemory.names(config)
         names = [{name: f"{index}.{name}" for name in kept} for index in range(layers)]
@@ -237,7 +239,7 @@ def _assemble(
             LayerMemory.from_tensors({name: on_device[full] for name, full in layer.items()})
             for layer in names
         ]
-        memory.advance(found, position, next_logits)
+        memory.advance(found, position, next_logits, written)
     if "start" in header:
         start = json.loads(header["start"])
         memory.passed, memory.offset = tuple(start["passed"]), start["offset"]

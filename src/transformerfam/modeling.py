@@ -24,6 +24,7 @@ from transformerfam.layer import ATTENTION_NAME, FamLayer, Picklable, mixed
 from transformerfam.memory import Memory
 from transformerfam.plan import CallPlan
 from transformerfam.probe import find_rotaries
+from transformerfam.recurrent import SegmentCall, Segments
 from transformerfam.rotary import Rotary
 
 # β of the compressive memory at the start: sigmoid(-6) = 0.0025 of what a head reads is from it. What
@@ -90,6 +91,9 @@ class FamDecoder(Picklable):
             use_cache = bool(getattr(self.config, "use_cache", True))
         if memory is None and use_cache and not (self.training and self.gradient_checkpointing):
             memory = Memory(config, inputs.shape[0], len(layers_of(self)))
+        if config.through_stack:
+            output = self._by_segments(config, memory, inputs, attention_mask, **kwargs)
+            return output if return_dict is not False else output.to_tuple()
         call = self._call(config, memory, inputs, attention_mask)
         output = self.plain_forward(
             input_ids=input_ids if inputs_embeds is None else None,
@@ -126,11 +130,8 @@ class FamDecoder(Picklable):
             past_length=state.past_length,
             passed=state.passed,
         )
-        prompt = gates = None
-        if config.has_feedback:
-            prompt = self._added("fam_prompt", config.fam_length, inputs.device)
-            # While it is trained it may be kept wider than the weights that read it.
-            prompt = prompt.to(self.get_input_embeddings().weight.dtype)  # type: ignore[attr-defined]
+        prompt = self._prompt(inputs.device) if config.has_feedback else None
+        gates = None
         if config.compressive_memory != "none":
             gates = self._added("memory_gates", len(layers_of(self)), inputs.device)
         return Call(
@@ -149,6 +150,58 @@ class FamDecoder(Picklable):
         """All rows of a module that was added; looked up at each call: PEFT puts another there."""
         weight: Tensor = getattr(self, name)(torch.arange(rows, device=device))
         return weight
+
+    def _prompt(self, device: torch.device) -> Tensor:
+        """(N, d), in the type of the embeddings."""
+        prompt = self._added("fam_prompt", self.fam_config.fam_length, device)
+        # While it is trained it may be kept wider than the weights that read it.
+        return prompt.to(self.get_input_embeddings().weight.dtype)  # type: ignore[attr-defined]
+
+    def _by_segments(
+        self,
+        config: FamConfig,
+        memory: Memory | None,
+        inputs: Tensor,
+        attention_mask: Tensor | None,
+        **kwargs: Any,
+    ) -> ModelOutput:
+        """`forward` where memory runs through the whole stack: block after block."""
+        rows, columns = inputs.shape[:2]
+        if _valid_columns(attention_mask, rows, columns) is not None:
+            raise ValueError(
+                f"Rows cannot be padded under recurrence={config.recurrence!r}; give rows of the same "
+                "length."
+            )
+        for name in ("output_hidden_states", "output_router_logits"):
+            if kwargs.get(name) or getattr(self.config, name, False):
+                raise ValueError(
+                    f"{name} is not there under recurrence={config.recurrence!r}, where rows of memory "
+                    "stand among the tokens; leave it out."
+                )
+        if not inputs.is_floating_point():
+            inputs = self.get_input_embeddings()(inputs)  # type: ignore[attr-defined]
+        state = Memory(config, rows, len(layers_of(self))) if memory is None else memory
+        prompt = self._prompt(inputs.device)
+        segments = Segments(config, state, prompt, self.rotaries())
+        kind: Any = None
+
+        def stack(hidden: Tensor, call: SegmentCall) -> Tensor:
+            nonlocal kind
+            at_zero = torch.zeros(1, hidden.shape[1], dtype=torch.long, device=hidden.device)
+            output = self.plain_forward(
+                inputs_embeds=hidden, position_ids=at_zero, fam_call=call, **kwargs
+            )
+            kind = type(output)
+            last: Tensor = output["last_hidden_state"]
+            return last
+
+        hidden = segments.read(inputs, stack)
+        if self.training:
+            hidden = hidden + 0 * prompt.sum()  # as in `forward`
+        if memory is not None:
+            segments.commit(memory)
+        output: ModelOutput = kind(last_hidden_state=hidden, past_key_values=memory)
+        return output
 
     def _check_call(self, memory: object, inputs: Tensor) -> None:
         if self.config._attn_implementation != ATTENTION_NAME:

@@ -41,6 +41,11 @@ GEOMETRY: dict[str, tuple[str | None, str]] = {
         None,
         "rule by which each head sums up all past blocks (Infini-attention), or none",
     ),
+    "recurrence": (
+        None,
+        "which way memory runs: within each layer, or from the top layer to the bottom of the next "
+        "block as in RMT and AutoCompressors",
+    ),
     "stop_gradient": (None, "no gradient through past blocks; matters in training only"),
     "backend": (None, "how attention is computed; changes no result"),
 }
@@ -108,7 +113,7 @@ def changed(base: FamConfig, changes: dict[str, Any]) -> FamConfig:
     if changes.get("fam_length", base.fam_length) != base.fam_length:
         per_slot = isinstance(base.feedback_norm, tuple)
         if changes.get("fam_length") == 0:
-            values.update(feedback_norm="none", previous_fams=1, fam_bias=0.0)
+            values.update(feedback_norm="none", previous_fams=1, fam_bias=0.0, recurrence="layer")
         elif per_slot:
             values.update(feedback_norm="none")
     try:

@@ -105,7 +105,12 @@ def describe(config: FamConfig) -> str:
         parts.append(f"window of {config.window_length:,}")
     if config.sink_tokens:
         parts.append(f"{config.sink_tokens} sinks")
-    parts.append(f"{config.fam_length} feedback slots" if config.has_feedback else "no feedback")
+    if config.through_stack:
+        name = {"rmt": "RMT", "autocompressor": "AutoCompressor"}[config.recurrence]
+        parts.append(f"{config.fam_length} memory tokens ({name})")
+    else:
+        slots = f"{config.fam_length} feedback slots"
+        parts.append(slots if config.has_feedback else "no feedback")
     if config.memory_source == "output":
         parts.append("past blocks as layers' outputs")
     if config.compressive_memory != "none":

@@ -144,7 +144,7 @@ def _model_facts(session: Session) -> dict[str, Any]:
         "trained": session.trained,
         "config": config.to_dict(),
         "receptive_field": config.receptive_field(shape.layers),
-        "memory_bytes": session.memory.nbytes,
+        "memory_bytes": _memory_bytes(session),
         "full_attention_bytes_per_token": _bytes_per_token(session),
         "cost": _costs(session, shape),
     }
@@ -153,7 +153,21 @@ def _model_facts(session: Session) -> dict[str, Any]:
 def _bytes_per_token(session: Session) -> int:
     """Keys and values of one token in all layers."""
     layers = [m for m in session.memory.layers_memory if m is not None]
-    return sum(tensor.nbytes // tensor.shape[2] for m in layers for tensor in (m.keys, m.values))
+    return sum(
+        t.shape[1] * t.shape[3] * t.element_size() for m in layers for t in (m.keys, m.values)
+    )
+
+
+def _memory_bytes(session: Session) -> int:
+    """Bytes of a memory; of one that grows, in its first block."""
+    config, memory = session.config, session.memory
+    if not config.through_stack:
+        return memory.nbytes
+    # It holds what was read of a block, which was one token.
+    in_front = config.fam_length if config.recurrence == "rmt" else 0
+    held = _bytes_per_token(session) * (in_front + config.block_size)
+    width = session.model.config.get_text_config().hidden_size
+    return held + in_front * width * session.model.dtype.itemsize
 
 
 def _costs(session: Session, shape: ModelShape) -> list[dict[str, Any]]:

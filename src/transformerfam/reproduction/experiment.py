@@ -133,10 +133,11 @@ def work(run: Run) -> Result:
 
     import torch
 
-    from transformerfam.reproduction import toy, toy_text
+    from transformerfam.reproduction import linear, toy, toy_text
 
     torch.set_num_threads(1)
-    its = {"passkey": toy, "text": toy_text}[run["kind"]]
+    kind = run["model"].get("architecture", run["kind"])
+    its: Any = {"passkey": toy, "text": toy_text, "linear": linear}[kind]
     began = time.monotonic()
     model, losses = its.trained(run)
     seconds = time.monotonic() - began

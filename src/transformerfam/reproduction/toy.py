@@ -7,11 +7,12 @@ digits. With several keys each has a name, and the query names one of them.
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 from transformerfam.config import FamConfig
 from transformerfam.conversion import convert
@@ -134,23 +135,35 @@ class TakingTurns:
         return self.sources[step % len(self.sources)].draw(number)
 
 
-def digit_accuracy(model: Any, source: ToyPasskeys, blocks: int, count: int) -> float:
-    """Share of the digits of `count` keys, after texts that training never sees; chance is 0.1."""
+def digit_accuracy(
+    model: Any,
+    source: ToyPasskeys,
+    blocks: int,
+    count: int,
+    read: Callable[[Any, Tensor, int], Tensor] = logits_from,
+) -> float:
+    """Share of the digits of `count` keys, after texts that training never sees; chance is 0.1.
+
+    `read` gives the model's predictions after the tokens of ids (R, T) from a place on.
+    """
     rng = random.Random(f"asked/{blocks}")
     ids = torch.tensor([list(source.example(rng, blocks).ids) for _ in range(count)])
     digits = source.shape.digits
     model.eval()
-    logits = logits_from(model, ids, ids.shape[1] - digits - 1)
+    logits = read(model, ids, ids.shape[1] - digits - 1)
     return float((logits[:, :-1].argmax(-1) == ids[:, -digits:]).float().mean())
+
+
+def sources_of(run: Run) -> TakingTurns:
+    """What a run is trained on."""
+    shape, most = Shape(**run["shape"]), run["most_blocks"]
+    named = [ToyPasskeys.named(shape, name, most, run["seed"]) for name in run["trained"]]
+    return TakingTurns(tuple(named))
 
 
 def trained(run: Run) -> tuple[Any, list[float]]:
     """A toy model that has learned, and the loss of each step; see `experiment.plan`."""
-    shape = Shape(**run["shape"])
-    sources = tuple(
-        ToyPasskeys.named(shape, name, run["most_blocks"], run["seed"]) for name in run["trained"]
-    )
-    return train(run, TakingTurns(sources), VOCABULARY)
+    return train(run, sources_of(run), VOCABULARY)
 
 
 def train(run: Run, source: Source, vocabulary: int) -> tuple[Any, list[float]]:
@@ -183,12 +196,14 @@ def recipe_of(run: Run) -> Recipe:
     )
 
 
-def asked(model: Any, run: Run) -> Mapping[str, Mapping[str, float]]:
-    """What was asked -> blocks -> share of digits said right."""
-    shape = Shape(**run["shape"])
+def asked(
+    model: Any, run: Run, read: Callable[[Any, Tensor, int], Tensor] = logits_from
+) -> Mapping[str, Mapping[str, float]]:
+    """What was asked -> blocks -> share of digits said right; `read` as in `digit_accuracy`."""
+    shape, count = Shape(**run["shape"]), run["count"]
     return {
         name: {
-            str(blocks): digit_accuracy(model, ToyPasskeys.named(shape, name), blocks, run["count"])
+            str(blocks): digit_accuracy(model, ToyPasskeys.named(shape, name), blocks, count, read)
             for blocks in run["lengths"]
         }
         for name in run["asked"]

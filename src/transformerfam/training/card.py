@@ -101,11 +101,12 @@ def _data_on_hub(source: SourceSettings) -> str | None:
 
 def _what(recipe: Recipe) -> str:
     fam, base = recipe.fam, recipe.model.base
-    memory = (
-        f"a feedback memory of {fam.fam_length} slots in each layer"
-        if fam.has_feedback
-        else "no feedback memory"
-    )
+    if fam.through_stack:
+        memory = f"{fam.fam_length} memory tokens from block to block ({fam.recurrence})"
+    elif fam.has_feedback:
+        memory = f"a feedback memory of {fam.fam_length} slots in each layer"
+    else:
+        memory = "no feedback memory"
     kind = "A model" if recipe.train.what == "full" else "An adapter"
     trained = _TRAINED[recipe.train.what]
     return (

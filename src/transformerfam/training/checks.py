@@ -241,6 +241,18 @@ def _check_feedback(recipe: Recipe) -> None:
             'feedback.state_passing is for data.layout="packed" or "single"; in "documents" the '
             "whole memory is carried from step to step already.",
         )
+    if fam.through_stack:
+        name = f'fam.recurrence="{fam.recurrence}"'
+        _refuse_unless(
+            not feedback.state_passing,
+            f"feedback.state_passing passes the FAM of each layer, and under {name} there is none; "
+            "leave it out.",
+        )
+        _refuse_unless(
+            recipe.data.layout != "documents",
+            f'data.layout="documents" begins texts in some rows and not in others, and under {name} '
+            'rows stand alike; take "packed" or "single".',
+        )
     # Without a feedback memory all of this does nothing: fam.fam_length=0 makes a baseline of a recipe.
     if feedback.bias_steps and fam.has_feedback:
         _refuse_unless(
