@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from transformerfam.commands._options import changed
 from transformerfam.config import FamConfig
-from transformerfam.conversion import reconfigure
+from transformerfam.conversion import is_transformerfam, twin
 from transformerfam.errors import UserError
 from transformerfam.evaluate import readers
 from transformerfam.extras import require
@@ -102,9 +102,13 @@ class StreamingLM(TemplateLM):
                 tokenizer.add_bos_token = add_bos_token
         elif tokenizer is None:
             raise UserError("A model that is given as such needs its tokenizer beside it.")
-        else:
+        elif is_transformerfam(pretrained):
             model = pretrained
+        else:
+            raise UserError("This model is no TransformerFAM; convert it first.")
         self.model = _reader(model, reader, geometry)
+        if isinstance(pretrained, str):
+            _warn_of_untrained(model, self.model)
         self.tokenizer = tokenizer
         self.max_length, self.max_gen_toks = max_length, max_gen_toks
         self.add_bos_token = add_bos_token
@@ -321,19 +325,21 @@ def _check(geometry: Mapping[str, Any], max_length: int | None) -> None:
 
 
 def _reader(model: Any, name: str, geometry: dict[str, Any]) -> Any:
-    """The model under the geometry that was asked for."""
-    trained = is_trained(model)
+    """The model under the geometry that was asked for; `model` itself stays as it is."""
     config = changed(model.fam_config, geometry)
     if config != model.fam_config:
-        trained = trained and config.fam_length == model.fam_config.fam_length
-        model = reconfigure(model, config)
-    asked = readers(model, [name], full_limit=None)[0].model
-    if asked.fam_config.has_feedback and not trained:
+        model = twin(model, config)
+    return readers(model, [name], full_limit=None)[0].model
+
+
+def _warn_of_untrained(loaded: Any, reader: Any) -> None:
+    slots = reader.fam_config.fam_length
+    # A prompt of another length is made anew and has learned nothing.
+    if slots and not (is_trained(loaded) and slots == loaded.fam_config.fam_length):
         _logger.warning(
             "The feedback memory of this model is untrained, which makes it read worse; "
             "fam_length=0 turns it off."
         )
-    return asked
 
 
 def _sampling(options: Mapping[str, Any]) -> Sampling:

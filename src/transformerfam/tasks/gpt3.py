@@ -5,7 +5,7 @@
     {context, continuation}                 the last word, said exactly
     {context, answer, aliases}              the answer, said freely; exact match
 
-All are asked without examples before them. The data sets that such files are not at hand for are tasks of
+All are asked without examples before them. The other data sets of the table are tasks of
 lm-evaluation-harness, see `HARNESS`.
 """
 
