@@ -16,6 +16,7 @@ from families import FAMILIES  # noqa: E402  # the tests' tiny models are the li
 from transformerfam import cli  # noqa: E402
 from transformerfam.commands import _settings  # noqa: E402
 from transformerfam.tasks import TASKS  # noqa: E402
+from transformerfam.tasks.gpt3 import HARNESS  # noqa: E402
 
 
 def family_list() -> str:
@@ -35,10 +36,16 @@ def recipes_page(page: str) -> str:
 
 
 def evaluation_page(page: str) -> str:
-    """`page` with its table of tasks brought up to date."""
+    """`page` with its table of tasks and its command for the harness brought up to date."""
     rows = [f"| `{name}` | {task.about} | {task.source} |" for name, task in TASKS.items()]
     header = ["| task | asks for | after |", "| --- | --- | --- |"]
-    return with_part(page, "tasks", "\n".join([*header, *rows]))
+    page = with_part(page, "tasks", "\n".join([*header, *rows]))
+    return with_part(page, "gpt3", f"```bash\n{harness_command()}\n```")
+
+
+def harness_command() -> str:
+    """Every task of table 12 that lm-evaluation-harness has."""
+    return f"lm_eval --model transformerfam --tasks {','.join(HARNESS.values())}"
 
 
 def with_part(page: str, name: str, text: str) -> str:

@@ -34,7 +34,7 @@ ORDER = [
     *("probe", "layer", "modeling", "auto", "conversion", "embedded", "models"),
     *("text", "stream", "turns", "data", "plots", "benchmark"),
     *("tasks", "evaluate", "training", "reproduction"),
-    *("commands", "cli", "__main__"),
+    *("commands", "cli", "harness", "__main__"),
 ]
 
 # Inside a function an import may also go back, for a reason.

@@ -11,7 +11,7 @@ from families import some_tokens, tiny
 from torch import Tensor
 
 from transformerfam import FamConfig, convert
-from transformerfam.tasks.questions import Choose, Follow, Recite, Say
+from transformerfam.tasks.questions import Choose, Fit, Follow, Recite, Say
 
 CONFIG = FamConfig.paper(block_size=8, memory_segments=1, fam_length=2, sink_tokens=2)
 IDS = some_tokens(1, 45)[0].tolist()
@@ -62,6 +62,18 @@ def test_choose_takes_the_likeliest_and_the_likeliest_by_length(model: Any) -> N
         metrics = Choose(IDS, choices, gold, lengths).ask(model)
         assert metrics["accuracy"] == float(max(scores) == scores[gold])
         assert metrics["accuracy_norm"] == float(max(normed) == normed[gold])
+
+
+def test_fit_scores_the_continuation_alone(model: Any) -> None:
+    contexts, continuation = [IDS[:20], IDS[5:31], [3]], [8, 9, 10]
+    scores = []
+    for context in contexts:
+        table = log_probabilities(model, [*context, *continuation])[len(context) - 1 :]
+        scores.append(sum(float(table[i, token]) for i, token in enumerate(continuation)))
+    for gold in range(3):
+        question = Fit(contexts, continuation, gold)
+        assert question.ask(model) == {"accuracy": float(max(scores) == scores[gold])}
+        assert question.tokens == 29
 
 
 def test_say_ends_at_a_stop_and_is_scored_by_its_text(model: Any) -> None:

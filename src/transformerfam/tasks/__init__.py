@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from functools import partial
 
-from transformerfam.tasks import babilong, documents, longqa, passkey, recall, ruler
+from transformerfam.tasks import babilong, documents, gpt3, longqa, passkey, recall, ruler
 from transformerfam.tasks.cases import Case, Task, Wanted
 
 __all__ = ["TASKS", "Case", "Task", "Wanted"]
@@ -45,6 +45,17 @@ _ABOUT_LONGQA = {
     "longqa": ("questions and summaries in rows as of L-Eval", "L-Eval, arXiv 2307.11088"),
 }
 
+_ABOUT_GPT3 = {
+    "gpt3-arc-easy": ("easy questions of school science, with options", "ARC, arXiv 1803.05457"),
+    "gpt3-arc-challenge": ("hard ones, with options", "ARC, arXiv 1803.05457"),
+    "gpt3-openbookqa": ("elementary science, with options", "OpenBookQA, arXiv 1809.02789"),
+    "gpt3-piqa": ("how things are done, of two ways", "PIQA, arXiv 1911.11641"),
+    "gpt3-winograd": ("who is meant, of two", "Winograd schemas, as GPT-3 asks them"),
+    "gpt3-winogrande": ("who or what is meant, of two", "WinoGrande, arXiv 1907.10641"),
+    "gpt3-lambada": ("the last word of a passage", "LAMBADA, arXiv 1606.06031"),
+    "gpt3-triviaqa": ("facts, without a text", "TriviaQA, arXiv 1705.03551"),
+}
+
 TASKS: dict[str, Task] = {
     **{n: Task(partial(passkey.cases, n), a, _FIGURE_10) for n, a in _ABOUT_PASSKEY.items()},
     "recall": Task(recall.cases, "a segment of the text, said again", "B.2's repeat task, asked"),
@@ -57,4 +68,5 @@ TASKS: dict[str, Task] = {
         documents.cases, "every token of whole documents, by place", "figure 5, table 1"
     ),
     **{n: Task(partial(longqa.cases, n), a, s) for n, (a, s) in _ABOUT_LONGQA.items()},
+    **{n: Task(partial(gpt3.cases, n), a, s) for n, (a, s) in _ABOUT_GPT3.items()},
 }

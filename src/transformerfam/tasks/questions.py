@@ -1,10 +1,11 @@
 """Questions put to a model, and what comes of them as numbers.
 
 Every question is read as one stream with one `Memory`, in chunks: it may be as long as one likes, and
-costs the memory of a window. Four kinds cover all tasks:
+costs the memory of a window. Five kinds cover all tasks:
 
     Recite   say exactly these tokens        {"exact": 0 or 1, "tokens": share of them}
     Choose   which of these is the likeliest {"accuracy": 0 or 1, "accuracy_norm": 0 or 1}
+    Fit      after which text is this        {"accuracy": 0 or 1}
     Say      speak freely, and be scored     whatever the task's score gives
     Follow   predict a whole text            sums by place in the text
 
@@ -99,6 +100,35 @@ class Choose:
             "accuracy": float(scores.index(max(scores)) == self.gold),
             "accuracy_norm": float(normed.index(max(normed)) == self.gold),
         }
+
+
+@dataclass(frozen=True)
+class Fit:
+    """After which of several texts a continuation is the likeliest: partial evaluation.
+
+    For Winograd schemas: who of two is meant shows in what follows (GPT-3, section 3.4).
+
+    Attributes:
+        contexts: tokens of each text.
+        continuation: tokens that follow.
+        gold: index of the right text.
+    """
+
+    contexts: Sequence[Sequence[int]]
+    continuation: Sequence[int]
+    gold: int
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def tokens(self) -> int:
+        """See `Question`."""
+        return max(map(len, self.contexts)) + len(self.continuation)
+
+    def ask(self, model: Any) -> Metrics:
+        """`accuracy`: by log p of the continuation alone."""
+        memories = (absorb(model, ids) for ids in self.contexts)
+        scores = [-sum(c.nats for c in read(model, self.continuation, m)) for m in memories]
+        return {"accuracy": float(scores.index(max(scores)) == self.gold)}
 
 
 @dataclass(frozen=True)
