@@ -236,7 +236,12 @@ def window_shows(config: FamConfig, t: int, s: int) -> bool:
         return False
     if config.attention == "full":
         return True
-    in_kept_blocks = s // config.block_size >= t // config.block_size - config.memory_segments
+    block, of_key = t // config.block_size, s // config.block_size
+    in_kept_blocks = of_key >= block - config.memory_segments
+    if config.attention == "bigbird":
+        return in_kept_blocks or of_key == 0 or of_key in drawn_blocks(config, block)
+    if config.attention == "sparse":
+        return in_kept_blocks or s % config.block_size >= config.block_size - config.summary_tokens
     in_window = s > t - window_of(config)
     if config.attention == "bswa":
         return in_kept_blocks
@@ -245,6 +250,25 @@ def window_shows(config: FamConfig, t: int, s: int) -> bool:
     if config.attention == "longformer":
         return in_window or t in config.global_positions or s in config.global_positions
     return in_window
+
+
+def drawn_blocks(config: FamConfig, block: int) -> set[int]:
+    """R(τ) of BigBird: r of the blocks between the first and the window, by Floyd's algorithm."""
+    r, candidates = config.random_blocks, block - config.memory_segments - 1
+    if candidates <= r:
+        return set(range(1, candidates + 1))
+    drawn: set[int] = set()
+    for i, last in enumerate(range(candidates - r + 1, candidates + 1)):
+        draw = 1 + scattered(block * r + i) % last
+        drawn.add(last if draw in drawn else draw)
+    return drawn
+
+
+def scattered(x: int) -> int:
+    """h(x): three rounds of adding a key and taking the fifth power, modulo 2³¹ - 1."""
+    for key in (1_202_590_843, 715_225_739, 1_884_310_127):
+        x = pow(x + key, 5, 2**31 - 1)
+    return x
 
 
 def window_of(config: FamConfig) -> int:

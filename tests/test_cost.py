@@ -17,6 +17,12 @@ CONFIGS = [
     FamConfig.paper(block_size=4, memory_segments=2, fam_length=3, attention="xl"),
     FamConfig.paper(block_size=4, fam_length=0, attention="full"),
     FamConfig.paper(
+        block_size=4, memory_segments=1, fam_length=2, attention="bigbird", random_blocks=2
+    ),
+    FamConfig.paper(
+        block_size=4, memory_segments=1, fam_length=0, attention="sparse", summary_tokens=3
+    ),
+    FamConfig.paper(
         block_size=4, fam_length=1, attention="longformer", window=5, global_positions=(0, 9)
     ),
 ]

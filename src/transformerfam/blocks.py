@@ -115,7 +115,7 @@ class TokenPass:
             recurrence = Recurrence(self.call, self.layer, self.reenter, grid)
             fam, made = recurrence.run(fam)
             fams = KeyValue.cat([fams, *made])
-        # Under full attention the past grows within the call: room for it on the left.
+        # Where everything is kept the past grows within the call: room for it on the left.
         past = past.map(lambda x: pad(x, (0, 0, self.plan.past_window - P, 0)))
         tokens = KeyValue.cat([past, grid])  # (R, Hk, past window + nb·B, D)
         seen = self._windows(tokens, fams, anchors)

@@ -105,7 +105,7 @@ class Call:
     def frame_moves(self) -> bool:
         """Whether the frame follows the stream.
 
-        Under full attention it stands still at the start: keys that are kept for ever would be
+        Where everything is kept it stands still at the start: keys that are kept for ever would be
         rotated again at every block, and round each time.
         """
         return self.config.past_length is not None

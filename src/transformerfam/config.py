@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal, get_args
 
-AttentionPattern = Literal["full", "swa", "bswa", "xl", "longformer"]
+AttentionPattern = Literal["full", "swa", "bswa", "xl", "longformer", "bigbird", "sparse"]
 FamPosition = Literal["last", "float", "zero"]
 FamQueryPosition = Literal["same", "block_end"]
 FirstResidual = Literal["zero", "prompt"]
@@ -18,6 +18,14 @@ Backend = Literal["sdpa", "eager", "flex"]
 
 # Fields that change speed, gradients or how a memory is looked at, but not how it is laid out.
 _NOT_PART_OF_A_MEMORY = ("backend", "stop_gradient", "fam_bias")
+
+# Fields that belong to some patterns alone, and what they are under the others.
+OF_SOME_PATTERNS: dict[str, Any] = {
+    "window": None,
+    "global_positions": (),
+    "random_blocks": 0,
+    "summary_tokens": 0,
+}
 
 
 @dataclass(frozen=True)
@@ -49,10 +57,12 @@ class FamConfig:
         window: tokens seen by `swa`, `xl` and `longformer`; by default memory_segments * block_size.
         global_positions: positions that see all and are seen by all (`longformer` only). The
             memory grows to hold everything before the last of them.
+        random_blocks: r, earlier blocks drawn at random for each block (`bigbird` only).
+        summary_tokens: c, last tokens of every block that all later ones see (`sparse` only).
         sink_tokens: the first tokens of the stream that stay visible for ever, just before the
             window (attention sinks, StreamingLLM). Pretrained models read much better with them;
-            the paper has none. Always 0 under `full`, which sees all, and `longformer`, whose
-            globals are kept for ever instead.
+            the paper has none. Always 0 where everything is kept (`keeps_everything`), and under
+            `longformer`, whose globals are kept for ever instead.
         stop_gradient: no gradient through the keys and values of past blocks (`M1_SG`, figure 3a).
         backend: how attention is computed: `sdpa`, `eager` or `flex`. Changes no result.
 
@@ -72,6 +82,8 @@ class FamConfig:
     attention: AttentionPattern = "bswa"
     window: int | None = None
     global_positions: tuple[int, ...] = ()
+    random_blocks: int = 0
+    summary_tokens: int = 0
     sink_tokens: int = 4
     stop_gradient: bool = False
     backend: Backend = "sdpa"
@@ -81,7 +93,7 @@ class FamConfig:
         object.__setattr__(self, "global_positions", tuple(sorted(set(self.global_positions))))
         if isinstance(self.feedback_norm, (list, tuple)):
             object.__setattr__(self, "feedback_norm", tuple(float(c) for c in self.feedback_norm))
-        if self.attention in ("full", "longformer"):
+        if self.keeps_everything or self.attention == "longformer":
             object.__setattr__(self, "sink_tokens", 0)
         self._check_numbers()
         self._check_choices()
@@ -96,9 +108,14 @@ class FamConfig:
         return self.fam_length > 0
 
     @property
+    def keeps_everything(self) -> bool:
+        """Whether every past key may be seen again, so that the memory grows with the stream."""
+        return self.attention in ("full", "bigbird", "sparse")
+
+    @property
     def window_length(self) -> int | None:
         """w, the window of `swa`, `xl` and `longformer` in tokens; None for the other patterns."""
-        if self.attention in ("full", "bswa"):
+        if self.keeps_everything or self.attention == "bswa":
             return None
         return self.memory_segments * self.block_size if self.window is None else self.window
 
@@ -106,7 +123,7 @@ class FamConfig:
     def past_length(self) -> int | None:
         """P, past tokens (a multiple of B) whose keys and values are kept; None: all of them."""
         B, w = self.block_size, self.window_length
-        if self.attention == "full":
+        if self.keeps_everything:
             return None
         if self.attention in ("bswa", "xl"):
             return self.memory_segments * B
@@ -135,7 +152,7 @@ class FamConfig:
 
     def receptive_field(self, layers: int) -> int | None:
         """Depth times window, in tokens, without feedback (section 2); None: unlimited."""
-        if self.attention == "full":
+        if self.keeps_everything:
             return None
         window = self.window_length or (self.memory_segments + 1) * self.block_size
         return layers * window
@@ -150,6 +167,10 @@ class FamConfig:
     def replace(self, **changes: Any) -> FamConfig:
         """A copy with some fields changed, checked anew."""
         return replace(self, **changes)
+
+    def with_attention(self, pattern: AttentionPattern) -> FamConfig:
+        """The same under another pattern; what only some patterns have goes back to nothing."""
+        return replace(self, **{**OF_SOME_PATTERNS, "attention": pattern})
 
     def without_feedback(self) -> FamConfig:
         """The same windows with the feedback memory off: TransformerBSWA."""
@@ -187,6 +208,8 @@ class FamConfig:
             "memory_segments": 0,
             "fam_length": 0,
             "previous_fams": 1,
+            "random_blocks": 0,
+            "summary_tokens": 0,
             "sink_tokens": 0,
         }
         for name, smallest in least.items():
@@ -216,8 +239,8 @@ class FamConfig:
         w = self.window_length
         if w is None and self.window is not None:
             raise ValueError(
-                f"attention={self.attention!r} has no window to set: bswa sees memory_segments whole "
-                "blocks and full sees everything. Leave window out, or use swa, xl or longformer."
+                f"attention={self.attention!r} has no window to set: its window is memory_segments "
+                "whole blocks, or everything. Leave window out, or use swa, xl or longformer."
             )
         if w is not None and w < 1:
             raise ValueError(
@@ -234,9 +257,19 @@ class FamConfig:
             raise ValueError(
                 "global_positions belong to attention='longformer', which needs at least one."
             )
-        if self.sink_tokens > self.block_size:
+        if (self.attention == "bigbird") != bool(self.random_blocks):
             raise ValueError(
-                f"sink_tokens={self.sink_tokens} must fit into the first block; with "
+                "random_blocks belong to attention='bigbird', which needs at least one; its paper "
+                "has three."
+            )
+        if (self.attention == "sparse") != bool(self.summary_tokens):
+            raise ValueError(
+                "summary_tokens belong to attention='sparse', which needs at least one."
+            )
+        if max(self.sink_tokens, self.summary_tokens) > self.block_size:
+            name = "sink_tokens" if self.sink_tokens > self.block_size else "summary_tokens"
+            raise ValueError(
+                f"{name}={getattr(self, name)} must fit into a block; with "
                 f"block_size={self.block_size} set it to {self.block_size} or fewer."
             )
 

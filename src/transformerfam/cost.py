@@ -60,7 +60,12 @@ def _window_keys(config: FamConfig, t: Counts) -> Counts:
     B, M, w = config.block_size, config.memory_segments, config.window_length
     if config.attention == "full":
         return t + 1
-    bswa = t + 1 - np.maximum(0, t // B - M) * B
+    behind = np.maximum(0, t // B - M)  # blocks that have left the window
+    bswa = t + 1 - behind * B
+    if config.attention == "bigbird":
+        return bswa + B * np.minimum(behind, config.random_blocks + 1)
+    if config.attention == "sparse":
+        return bswa + config.summary_tokens * behind
     if w is None:
         return bswa
     swa = np.minimum(t + 1, w)

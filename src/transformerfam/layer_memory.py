@@ -71,13 +71,8 @@ class LayerMemory:
     def empty(cls, config: FamConfig, key: Tensor, value: Tensor, hidden: Tensor) -> LayerMemory:
         """A layer that has read nothing, of the shapes and types of its key, value and input."""
         rows, heads, _, features = key.shape
-        # Full attention starts with no past and grows by whole blocks.
-        slots = (
-            config.replace(memory_segments=0, attention="bswa").slots
-            if config.slots is None
-            else config.slots
-        )
-        assert slots is not None
+        # Where everything is kept the past starts empty and grows by whole blocks; no anchors.
+        slots = config.slots or config.previous_fams * config.fam_length + config.block_size
         anchors = len(config.anchor_positions)
         return cls(
             keys=key.new_zeros(rows, heads, slots, features),

@@ -94,7 +94,7 @@ class Memory(Cache):
 
     @property
     def past_length(self) -> int:
-        """P, kept past in tokens; grows only under full attention."""
+        """P, kept past in tokens; grows only where everything is kept."""
         if self.config.past_length is not None:
             return self.config.past_length
         first = self.layers_memory[0]
@@ -259,7 +259,7 @@ class Memory(Cache):
     @property
     def is_sliding(self) -> list[bool]:
         """For each layer whether it forgets."""
-        return [self.config.attention != "full"] * len(self.layers_memory)
+        return [not self.config.keeps_everything] * len(self.layers_memory)
 
     @property
     def batch_size(self) -> int:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from transformerfam.config import FamConfig
+from transformerfam.config import OF_SOME_PATTERNS, FamConfig
 from transformerfam.errors import UserError
 
 if TYPE_CHECKING:
@@ -32,6 +32,8 @@ GEOMETRY: dict[str, tuple[str | None, str]] = {
     "attention": (None, "which past tokens a token sees"),
     "window": ("TOKENS", "window of swa, xl and longformer"),
     "global_positions": ("POSITIONS", "positions that see all and are seen by all (0,1,...)"),
+    "random_blocks": ("BLOCKS", "earlier blocks that each block draws (bigbird)"),
+    "summary_tokens": ("TOKENS", "last tokens of each block that all later ones see (sparse)"),
     "sink_tokens": ("TOKENS", "first tokens of the text that stay visible for ever"),
     "stop_gradient": (None, "no gradient through past blocks; matters in training only"),
     "backend": (None, "how attention is computed; changes no result"),
@@ -95,7 +97,7 @@ def changed(base: FamConfig, changes: dict[str, Any]) -> FamConfig:
     values: dict[str, Any] = {}
     pattern = changes.get("attention", base.attention)
     if pattern != base.attention:
-        values.update(window=None, global_positions=())
+        values.update(OF_SOME_PATTERNS)
     if changes.get("fam_length", base.fam_length) != base.fam_length:
         per_slot = isinstance(base.feedback_norm, tuple)
         if changes.get("fam_length") == 0:

@@ -161,7 +161,7 @@ def _costs(session: Session, shape: ModelShape) -> list[dict[str, Any]]:
 
     config = session.config
     windows = config.without_feedback()
-    full = options.changed(windows, {"attention": "full"})
+    full = windows.with_attention("full")
     rows = []
     for length in _LENGTHS:
         own = flops(config, shape, length)
@@ -217,13 +217,13 @@ def _sees(session: Session, field: int | None) -> str:
 
 def _memory(session: Session, facts: dict[str, Any]) -> str:
     each = report.size(facts["full_attention_bytes_per_token"])
-    if session.config.attention == "full":
+    if session.config.keeps_everything:
         return f"grows by {each} a token"
     return f"{report.size(facts['memory_bytes'])}, after any length of text"
 
 
 def _cost_table(session: Session, facts: dict[str, Any]) -> str:
-    grows = session.config.attention == "full"
+    grows = session.config.keeps_everything
     header = [
         "tokens",
         "cost",
