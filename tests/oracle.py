@@ -22,6 +22,10 @@ Where the paper is silent or divided, this file decides:
 - The bias on the scores of FAM is for tokens that look at FAM, not for FAM that looks at itself.
 - A stream that begins with the FAM of another has no first update: its block 0 sees that FAM, at
   positions -N .. -1, and updates it with the residual copy.
+- A prefix is an F_{-1} as if another stream had left it. With `fam_query="static"` the queries of all
+  blocks come from the layer's FAM input of block 0 (the prompt as it rose, or the prefix), at the
+  positions that the queries of that block have anyway, and no update adds a residual, the first
+  neither.
 - FAM queries never see sinks, globals, memory segments or older FAMs, and see the whole block even
   if the window of the tokens is shorter than a block.
 - `feedback_norm` is applied once to each F that is made, before the layer above (in block 0), the
@@ -86,7 +90,8 @@ def oracle(
         model: a transformers `LlamaForCausalLM`, plain, of any dtype. See `make_exact`.
         config: the TransformerFAM to compute; `backend` is of no account.
         input_ids: (T,), T at least 1 and not necessarily whole blocks.
-        prompt: (N, d), in the scale of the token embeddings; None exactly if `fam_length` is 0.
+        prompt: (N, d), in the scale of the token embeddings; None exactly if `fam_length` is 0. With
+            `fam_start="prefix"` (layers · N, d): F_{-1} of the bottom layer first.
         start: rotary position of the first token, a multiple of the block size.
         passed: (N, d) of each layer, F_{-1} that another stream left (random state passing).
 
@@ -103,6 +108,9 @@ def oracle(
     fams: dict[int, list[Tensor]] = {}  # fams[τ][layer]
     if passed is not None:
         fams[-1] = passed
+    elif config.fam_start == "prefix" and prompt is not None:
+        fams[-1] = list(prompt.split(N))
+    inputs = list(fams.get(-1, []))  # inputs[layer]: the FAM input of block 0
     last_outputs = []
 
     for block, first in enumerate(range(0, len(input_ids), B)):
@@ -134,9 +142,15 @@ def oracle(
                 else:
                     assert prompt is not None
                     before = prompt
+                if is_first:
+                    inputs.append(before)
                 own_block = tokens[depth][first : first + B]
+                asks = inputs[depth] if config.fam_query == "static" else before
+                copied: Tensor | None = before
+                if config.fam_query == "static" or (is_first and config.first_residual == "zero"):
+                    copied = None
                 made.append(
-                    update_fam(model, config, layer, before, own_block, block, start, is_first)
+                    update_fam(model, config, layer, before, asks, copied, own_block, block, start)
                 )
             hidden = output
 
@@ -156,13 +170,17 @@ def update_fam(
     config: FamConfig,
     layer: Any,
     before: Tensor,
+    asks: Tensor,
+    copied: Tensor | None,
     own_block: list[Key],
     block: int,
     start: int,
-    is_first: bool,
 ) -> Tensor:
-    """F_τ (N, d) of one layer from F_{τ-1} (or, `is_first`, the prompt), and the keys of block τ."""
-    queries, _, _ = project(layer, before)
+    """F_τ (N, d) of one layer from F_{τ-1}, or the FAM input of block 0, and the keys of block τ.
+
+    `asks` is what the queries come from, and `copied` the residual, if there is one.
+    """
+    queries, _, _ = project(layer, asks)
     seen = fam_keys(model, config, layer, before, block - 1, start) + own_block
     stands_as = block if config.fam_query_position == "block_end" else block - 1
     places = fam_positions(config, stands_as, start)
@@ -170,8 +188,8 @@ def update_fam(
         [attend(model, layer, queries[i], places[i], seen) for i in range(config.fam_length)]
     )
     attended = layer.self_attn.o_proj(attention)
-    if not is_first or config.first_residual == "prompt":
-        attended = attended + before
+    if copied is not None:
+        attended = attended + copied
     return bounded(config, feed_forward(layer, attended))
 
 
@@ -380,6 +398,7 @@ def _check(
         raise ValueError("start must be a multiple of block_size.")
     if (prompt is None) != (config.fam_length == 0):
         raise ValueError("A prompt is needed exactly if fam_length is above 0.")
-    wanted = (config.fam_length, model.config.hidden_size)
+    starts = model.config.num_hidden_layers if config.fam_start == "prefix" else 1
+    wanted = (config.fam_length * starts, model.config.hidden_size)
     if prompt is not None and tuple(prompt.shape) != wanted:
         raise ValueError(f"The prompt must be {wanted}, not {tuple(prompt.shape)}.")

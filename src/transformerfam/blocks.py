@@ -7,7 +7,7 @@ layer's next memory with the `Call`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 
 import torch
@@ -43,7 +43,9 @@ class TokenPass:
         plan, new = self.plan, KeyValue(key, value)
         before = self.call.before[self.layer]
         if before is None:
-            before = self._begin(new)
+            before = LayerMemory.empty(self.config, key, value, self.hidden)
+        if self.call.first_fams is not None:
+            before = self._begin(before, self.call.first_fams[self.layer].to(self.hidden))
         before = before.fit(key, value, self.hidden)
         anchors = self._gather_anchors(before, new)
         tokens = self._tables("tokens", self.call.token_positions, query)
@@ -55,18 +57,25 @@ class TokenPass:
             self.call.after[self.layer] = after
         return self._attend(query, seen, style)
 
-    def _begin(self, new: KeyValue) -> LayerMemory:
-        """The memory of a new stream: empty, or with the FAM of another (random state passing)."""
-        empty = LayerMemory.empty(self.config, new.keys, new.values, self.hidden)
-        if self.call.passed_fams is None:
-            return empty
-        fam = self.call.passed_fams[self.layer].to(self.hidden)
+    def _begin(self, before: LayerMemory, fam: Tensor) -> LayerMemory:
+        """`before` with F_{-1}, of another stream or a prefix, in the rows that begin with it."""
+        fam = fam.expand(self.plan.rows, -1, -1)
         newest = fam_keys(self.call, self.layer, self.reenter, fam, block=0)
         B, N = self.config.block_size, self.config.fam_length
-        tokens = empty.tokens.zip(
-            newest, lambda old, new: torch.cat([old[:, :, : -B - N], new, old[:, :, -B:]], dim=2)
+        rows = torch.tensor(self.call.beginning, device=fam.device)
+
+        def chosen(begun: Tensor, old: Tensor) -> Tensor:
+            return torch.where(rows.view(-1, *(1,) * (old.dim() - 1)), begun, old)
+
+        tokens = before.tokens.zip(
+            newest,
+            lambda old, new: torch.cat(
+                [old[:, :, : -B - N], chosen(new, old[:, :, -B - N : -B]), old[:, :, -B:]], dim=2
+            ),
         )
-        return LayerMemory(tokens.keys, tokens.values, empty.anchor_keys, fam)
+        extra = {name: chosen(fam, old) for name, old in before.extra.items()}
+        fam = chosen(fam, before.fam)
+        return LayerMemory(tokens.keys, tokens.values, before.anchor_keys, fam, extra=extra)
 
     # ---- no block is completed: the memory only fills up, and is itself what the queries see
 
@@ -84,7 +93,7 @@ class TokenPass:
                 [kept.values[:, :, :P], anchors.values, kept.values[:, :, P + A :]], dim=2
             )
             kept = KeyValue(self._with_anchors(kept.keys, anchors.keys, moved=False), values)
-        after = self._after(kept, anchors, before.fam)
+        after = self._after(kept, anchors, before.fam, before.extra)
         seen = kept.cut(P - plan.past_used, block + plan.own_used)
         if self.config.stop_gradient:
             seen = seen.map(lambda x: stop_gradient(x, plan.past_used + A))
@@ -110,16 +119,16 @@ class TokenPass:
         P, A, kN = self.plan.past_length, self.anchors, self.fam_slots
         past, fams = before.tokens.cut(0, P), before.tokens.cut(P + A, P + A + kN)
         grid = before.tokens.cut(P + A + kN, None).zip(new, self._grid)
-        fam = before.fam
+        fam, extra = before.fam, before.extra
         if self.config.has_feedback:
-            recurrence = Recurrence(self.call, self.layer, self.reenter, grid)
+            recurrence = Recurrence(self.call, self.layer, self.reenter, grid, extra)
             fam, made = recurrence.run(fam)
-            fams = KeyValue.cat([fams, *made])
+            fams, extra = KeyValue.cat([fams, *made]), recurrence.extra
         # Where everything is kept the past grows within the call: room for it on the left.
         past = past.map(lambda x: pad(x, (0, 0, self.plan.past_window - P, 0)))
         tokens = KeyValue.cat([past, grid])  # (R, Hk, past window + nb·B, D)
         seen = self._windows(tokens, fams, anchors)
-        after = self._carry(tokens, fams, anchors, fam) if self.call.keep else before
+        after = self._carry(tokens, fams, anchors, fam, extra) if self.call.keep else before
         return seen, after
 
     def _grid(self, block: Tensor, new: Tensor) -> Tensor:
@@ -226,7 +235,12 @@ class TokenPass:
     # ---- the memory after the call
 
     def _carry(
-        self, tokens: KeyValue, fams: KeyValue, anchors: KeyValue, fam: Tensor
+        self,
+        tokens: KeyValue,
+        fams: KeyValue,
+        anchors: KeyValue,
+        fam: Tensor,
+        extra: Mapping[str, Tensor],
     ) -> LayerMemory:
         """The state at the end of the call, relative to each row's new current block."""
         keys = self._kept(tokens.keys, fams.keys, anchors.keys)
@@ -234,11 +248,13 @@ class TokenPass:
             keys = rotate(keys, self._tables("moved", self.call.frame_shift, keys))
         keys = self._with_anchors(keys, anchors.keys, moved=True)
         values = self._kept(tokens.values, fams.values, anchors.values)
-        return self._after(KeyValue(keys, values), anchors, fam)
+        return self._after(KeyValue(keys, values), anchors, fam, extra)
 
-    def _after(self, tokens: KeyValue, anchors: KeyValue, fam: Tensor) -> LayerMemory:
+    def _after(
+        self, tokens: KeyValue, anchors: KeyValue, fam: Tensor, extra: Mapping[str, Tensor]
+    ) -> LayerMemory:
         owned = not torch.is_grad_enabled()
-        return LayerMemory(tokens.keys, tokens.values, anchors.keys, fam, owned=owned)
+        return LayerMemory(tokens.keys, tokens.values, anchors.keys, fam, extra=extra, owned=owned)
 
     def _kept(self, tokens: Tensor, fams: Tensor, anchors: Tensor) -> Tensor:
         """(R, Hk, W', D): the new [past | anchors | fams | block], not moved yet."""

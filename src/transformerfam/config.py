@@ -13,6 +13,8 @@ from typing import Any, Literal, get_args
 AttentionPattern = Literal["full", "swa", "bswa", "xl", "longformer", "bigbird", "sparse"]
 FamPosition = Literal["last", "float", "zero"]
 FamQueryPosition = Literal["same", "block_end"]
+FamStart = Literal["prompt", "prefix"]
+FamQuery = Literal["feedback", "static"]
 FirstResidual = Literal["zero", "prompt"]
 Backend = Literal["sdpa", "eager", "flex"]
 
@@ -45,6 +47,10 @@ class FamConfig:
             the first of the next; `zero`: always 0, the start of the stream.
         fam_query_position: `same`: a FAM query stands where the FAM key of the same row stands;
             `block_end`: where the FAM that it produces will stand.
+        fam_start: what a stream begins with. `prompt` (B.1): one prompt that rises through the layers
+            in block 0; `prefix`: a trainable F_{-1} of its own for every layer, which block 0 sees.
+        fam_query: where FAM queries come from. `feedback`: F_{τ-1}; `static` (SUM FAM): always the
+            layer's FAM input of block 0, and no residual copy, so that F is what attention found.
         first_residual: what is added to the attention of the very first update (B.1): the `prompt`
             row itself, or `zero`, as the paper has it.
         feedback_norm: what keeps the feedback loop bounded. `none` (the paper), `rms` (every FAM
@@ -75,6 +81,8 @@ class FamConfig:
     fam_length: int = 64
     fam_position: FamPosition = "last"
     fam_query_position: FamQueryPosition = "same"
+    fam_start: FamStart = "prompt"
+    fam_query: FamQuery = "feedback"
     first_residual: FirstResidual = "prompt"
     feedback_norm: str | float | tuple[float, ...] = "none"
     previous_fams: int = 1
@@ -148,7 +156,12 @@ class FamConfig:
     @property
     def extra_state(self) -> tuple[str, ...]:
         """Names of the tensors that each layer keeps beside keys, values and FAM."""
-        return ()
+        static = self.has_feedback and self.fam_query == "static"
+        return ("fam_input",) if static else ()
+
+    def prompt_rows(self, layers: int) -> int:
+        """Rows of the trained start of FAM: N for a prompt, N for each layer for a prefix."""
+        return self.fam_length * (layers if self.fam_start == "prefix" else 1)
 
     def receptive_field(self, layers: int) -> int | None:
         """Depth times window, in tokens, without feedback (section 2); None: unlimited."""
@@ -225,6 +238,8 @@ class FamConfig:
         choices = {
             "fam_position": FamPosition,
             "fam_query_position": FamQueryPosition,
+            "fam_start": FamStart,
+            "fam_query": FamQuery,
             "first_residual": FirstResidual,
             "attention": AttentionPattern,
             "backend": Backend,

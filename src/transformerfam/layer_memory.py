@@ -74,11 +74,13 @@ class LayerMemory:
         # Where everything is kept the past starts empty and grows by whole blocks; no anchors.
         slots = config.slots or config.previous_fams * config.fam_length + config.block_size
         anchors = len(config.anchor_positions)
+        fam = hidden.new_zeros(rows, config.fam_length, hidden.shape[-1])
         return cls(
             keys=key.new_zeros(rows, heads, slots, features),
             values=value.new_zeros(rows, heads, slots, value.shape[-1]),
             anchor_keys=key.new_zeros(rows, heads, anchors, features),
-            fam=hidden.new_zeros(rows, config.fam_length, hidden.shape[-1]),
+            fam=fam,
+            extra={name: torch.zeros_like(fam) for name in config.extra_state},
             owned=not torch.is_grad_enabled(),
         )
 

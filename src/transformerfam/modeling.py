@@ -96,10 +96,10 @@ class FamDecoder(Picklable):
         )
         if memory is not None:
             call.commit(memory)
-        if self.training and call.rising[0] is not None:
+        if self.training and call.start is not None:
             # No block 0 in this call, no use of the prompt: but wrappers that train in parallel wait
             # for a gradient of every parameter from every process.
-            output["last_hidden_state"] = output["last_hidden_state"] + 0 * call.rising[0].sum()
+            output["last_hidden_state"] = output["last_hidden_state"] + 0 * call.start.sum()
         output["past_key_values"] = memory
         return output if return_dict is not False else output.to_tuple()
 
@@ -118,24 +118,27 @@ class FamDecoder(Picklable):
             columns=columns,
             valid=_valid_columns(attention_mask, rows, columns),
             past_length=state.past_length,
-            passed=state.passed,
+            passed=(True,) * rows if config.fam_start == "prefix" else state.passed,
         )
-        prompt = None
+        start, first_fams, beginning = None, state.passed_fams, state.passed
         if config.has_feedback:
             # Looked up at each call: PEFT puts another module in its place.
-            slots = torch.arange(config.fam_length, device=inputs.device)
-            prompt = self.fam_prompt(slots)  # type: ignore[attr-defined]
+            slots = torch.arange(config.prompt_rows(len(layers_of(self))), device=inputs.device)
+            start = self.fam_prompt(slots)  # type: ignore[attr-defined]
             # While it is trained it may be kept wider than the weights that read it.
-            prompt = prompt.to(self.get_input_embeddings().weight.dtype)  # type: ignore[attr-defined]
-        before = list(state.layers_memory)
+            start = start.to(self.get_input_embeddings().weight.dtype)  # type: ignore[attr-defined]
+            if config.fam_start == "prefix" and first_fams is None:
+                beginning = state.untouched
+                first_fams = start.view(len(layers_of(self)), 1, config.fam_length, -1)
         return Call(
             config,
             plan,
-            before,
+            list(state.layers_memory),
             self.rotaries(),
-            prompt,
+            start,
             keep=memory is not None,
-            passed_fams=state.passed_fams,
+            first_fams=first_fams if any(beginning) else None,
+            beginning=beginning,
             offset=state.offset,
         )
 
@@ -316,14 +319,14 @@ def uninstall(model: PreTrainedModel, model_class: type) -> None:
 
 
 def add_prompt(model: PreTrainedModel) -> None:
-    """Add a FAM prompt of the configured length to the decoder, with random values."""
+    """Add a FAM prompt (or prefix) of the configured length to the decoder, with random values."""
     decoder = decoder_of(model)
-    length = decoder.fam_config.fam_length
-    if not length:
+    if not decoder.fam_config.has_feedback:
         return
     weight = decoder.get_input_embeddings().weight
     dtype = weight.dtype if weight.is_floating_point() else torch.get_default_dtype()
-    prompt = nn.Embedding(length, model.config.hidden_size, device=weight.device, dtype=dtype)
+    rows = decoder.fam_config.prompt_rows(len(layers_of(decoder)))
+    prompt = nn.Embedding(rows, model.config.hidden_size, device=weight.device, dtype=dtype)
     if not prompt.weight.is_meta:
         nn.init.normal_(prompt.weight, std=getattr(model.config, "initializer_range", 0.02))
     decoder.fam_prompt = prompt

@@ -92,16 +92,17 @@ def load(
     if adapter is not None:
         adapter = _adapter_folder(adapter)
         config = config or _adapter_config(adapter)
-    stored_slots = model.fam_config.fam_length if is_transformerfam(model) else 0
+    stored = model.fam_config if is_transformerfam(model) else FamConfig(fam_length=0)
     if not is_transformerfam(model):
         model = convert(model, config or reading_config())
     elif config is not None:
         model = reconfigure(model, config)
-    slots = model.fam_config.fam_length
+    new = model.fam_config
     # A stored prompt of another length is not used: the model got a fresh one.
-    trained = slots > 0 and slots == stored_slots
+    alike = (new.fam_length, new.fam_start) == (stored.fam_length, stored.fam_start)
+    trained = new.has_feedback and alike
     if adapter is not None:
-        trained = trained or (slots > 0 and _has_prompt(adapter))
+        trained = trained or (new.has_feedback and _has_prompt(adapter))
         model = put_adapter(model, adapter).merge_and_unload()
     model.fam_trained = trained
     return model.to(device).eval(), tokenizer

@@ -21,6 +21,8 @@ GEOMETRY: dict[str, tuple[str | None, str]] = {
     "fam_length": ("SLOTS", "N, feedback slots of each layer; 0 turns the feedback memory off"),
     "fam_position": (None, "rotary position of the feedback memory"),
     "fam_query_position": (None, "rotary position of its queries"),
+    "fam_start": (None, "one prompt that rises through the layers, or a prefix for each layer"),
+    "fam_query": (None, "queries of the feedback memory from its last state, or always the same"),
     "first_residual": (None, "what is added to the attention of the first update"),
     "feedback_norm": (
         "NORM",

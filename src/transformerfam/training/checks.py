@@ -241,6 +241,11 @@ def _check_feedback(recipe: Recipe) -> None:
             'feedback.state_passing is for data.layout="packed" or "single"; in "documents" the '
             "whole memory is carried from step to step already.",
         )
+        _refuse_unless(
+            fam.fam_query != "static" or not fam.has_feedback,
+            'feedback.state_passing cannot go with fam.fam_query="static", whose queries need the '
+            "prompt that rose through the stream's own first block.",
+        )
     # Without a feedback memory all of this does nothing: fam.fam_length=0 makes a baseline of a recipe.
     if feedback.bias_steps and fam.has_feedback:
         _refuse_unless(
