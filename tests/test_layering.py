@@ -24,6 +24,7 @@ ORDER = [
         "memory_file",
         "plan",
         "indexing",
+        "auxiliary",
         "call",
         "feedback",
         "blocks",

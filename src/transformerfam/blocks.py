@@ -7,7 +7,7 @@ layer's next memory with the `Call`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from transformerfam.attention import AttentionMask, AttentionStyle, attend
+from transformerfam.auxiliary import diversity, reconstruction
 from transformerfam.call import Call, Reenter
 from transformerfam.feedback import Recurrence, fam_keys
 from transformerfam.indexing import columns_of, place, sliding, stop_gradient, unsqueeze
@@ -50,9 +51,10 @@ class TokenPass:
         anchors = self._gather_anchors(before, new)
         tokens = self._tables("tokens", self.call.token_positions, query)
         query, new = rotate(query, tokens), KeyValue(rotate(key, tokens), value)
-        within_block = plan.blocks == 1 and not any(plan.finished)
-        read = self._within_block if within_block else self._over_blocks
-        seen, after = read(before, new, anchors)
+        if plan.blocks == 1 and not any(plan.finished):
+            seen, after = self._within_block(before, new, anchors)
+        else:
+            seen, after = self._over_blocks(before, new, anchors, query, style)
         if self.call.keep:
             self.call.after[self.layer] = after
         return self._attend(query, seen, style)
@@ -114,7 +116,12 @@ class TokenPass:
     # ---- blocks are completed: advance FAM, and cut what the queries of each block see
 
     def _over_blocks(
-        self, before: LayerMemory, new: KeyValue, anchors: KeyValue
+        self,
+        before: LayerMemory,
+        new: KeyValue,
+        anchors: KeyValue,
+        query: Tensor,
+        style: AttentionStyle,
     ) -> tuple[KeyValue, LayerMemory]:
         P, A, kN = self.plan.past_length, self.anchors, self.fam_slots
         past, fams = before.tokens.cut(0, P), before.tokens.cut(P + A, P + A + kN)
@@ -124,12 +131,42 @@ class TokenPass:
             recurrence = Recurrence(self.call, self.layer, self.reenter, grid, extra)
             fam, made = recurrence.run(fam)
             fams, extra = KeyValue.cat([fams, *made]), recurrence.extra
+            self._add_losses(recurrence.each, made, grid, query, style)
         # Where everything is kept the past grows within the call: room for it on the left.
         past = past.map(lambda x: pad(x, (0, 0, self.plan.past_window - P, 0)))
         tokens = KeyValue.cat([past, grid])  # (R, Hk, past window + nb·B, D)
         seen = self._windows(tokens, fams, anchors)
         after = self._carry(tokens, fams, anchors, fam, extra) if self.call.keep else before
         return seen, after
+
+    def _add_losses(
+        self,
+        fams: Sequence[Tensor],
+        made: Sequence[KeyValue],
+        grid: KeyValue,
+        query: Tensor,
+        style: AttentionStyle,
+    ) -> None:
+        """Auxiliary losses (C.4, C.5) of the blocks that each row completes, if they are wanted."""
+        losses, plan, B = self.call.losses, self.plan, self.config.block_size
+        if losses is None or not fams:
+            return
+        finished = torch.tensor(plan.finished, device=query.device)
+        taken = self.call.index("queries taken", lambda: plan.query_columns[1], query)
+        taken = taken.unflatten(1, (plan.blocks, -1))
+        queries = self._query_grid(query)
+        total = torch.zeros((), device=query.device)
+        for j, (fam, keys) in enumerate(zip(fams, made, strict=True)):
+            found = torch.zeros_like(total)
+            if losses.diversity:
+                found = found + losses.diversity * diversity(fam)
+            if losses.reconstruction:
+                block = grid.cut(j * B, (j + 1) * B)
+                found = found + losses.reconstruction * reconstruction(
+                    queries[:, j], taken[:, j], keys, block, style, self.config.backend
+                )
+            total = total + torch.where(finished > j, found, 0)
+        losses.add(self.layer, total / finished.clamp(min=1))
 
     def _grid(self, block: Tensor, new: Tensor) -> Tensor:
         """(R, H, nb·B, D): the block being read and the new tokens, each in its slot."""
@@ -180,19 +217,28 @@ class TokenPass:
             ("mask", window, query.device),
             lambda: self._mask(window, query),
         )
-        in_place = plan.whole_blocks or (nb == 1 and plan.valid is None)
-        if not in_place:
-            columns = self.call.index("query columns", lambda: plan.query_columns[0], query)
-            query = columns_of(query, columns)
-        grid = query.unflatten(2, (nb, L)).transpose(1, 2).flatten(0, 1)  # (R·nb, H, L, D)
+        grid = self._query_grid(query).flatten(0, 1)  # (R·nb, H, L, D)
         out = attend(grid, seen.keys, seen.values, mask, style, self.config.backend)
         out = out.unflatten(0, (-1, nb)).transpose(2, 3).flatten(1, 2)  # (R, nb·L, H, Dv)
-        if in_place:
+        if self._queries_in_place:
             return out
         places = self.call.index("query places", lambda: plan.query_places, query)
         real = (places < nb * L)[..., None, None]
         places = places.clamp(max=nb * L - 1)[..., None, None].expand(len(out), -1, *out.shape[2:])
         return out.gather(1, places) * real
+
+    @property
+    def _queries_in_place(self) -> bool:
+        """Whether the new tokens are the grid of queries as they stand."""
+        return self.plan.whole_blocks or (self.plan.blocks == 1 and self.plan.valid is None)
+
+    def _query_grid(self, query: Tensor) -> Tensor:
+        """Queries (R, H, T, D) by blocks, (R, nb, H, L, D)."""
+        plan = self.plan
+        if not self._queries_in_place:
+            columns = self.call.index("query columns", lambda: plan.query_columns[0], query)
+            query = columns_of(query, columns)
+        return query.unflatten(2, (plan.blocks, plan.queries)).transpose(1, 2)
 
     def _mask(self, window: int | None, like: Tensor) -> AttentionMask:
         bias = self.plan.key_bias()

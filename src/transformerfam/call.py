@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from transformerfam.attention import AttentionStyle
+from transformerfam.auxiliary import FeedbackLosses
 from transformerfam.config import FamConfig
 from transformerfam.layer_memory import LayerMemory
 from transformerfam.memory import Memory
@@ -45,6 +46,7 @@ class Call:
             row does.
         beginning: for each row whether it does.
         offset: position of the first token of each stream.
+        losses: takes the auxiliary losses of the layers; None: they are not computed.
     """
 
     def __init__(
@@ -58,6 +60,7 @@ class Call:
         first_fams: Sequence[Tensor] | None = None,
         beginning: tuple[bool, ...] = (),
         offset: float = 0.0,
+        losses: FeedbackLosses | None = None,
     ) -> None:
         self.config = config
         self.plan = plan
@@ -68,6 +71,7 @@ class Call:
         self.first_fams = first_fams
         self.beginning = beginning
         self.offset = offset
+        self.losses = losses
         self.after: list[LayerMemory | None] = [None] * len(before)
         # rising[l]: the FAM input of layer l in block 0 (B.1), (R, N, d): the prompt rises once.
         self.rising: list[Tensor | None] = [None] * (len(before) + 1)

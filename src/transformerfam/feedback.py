@@ -30,6 +30,10 @@ class Recurrence:
         reenter: runs rows through the layer.
         blocks: keys and values of the call's tokens, (R, Hk, nb·B, D), in the frame of the call.
         extra: what the layer kept, see `FamConfig.extra_state`; after `run` what it is to keep.
+
+    Attributes:
+        each: F (R, N, d) after block j = 0, 1, .. of the call, if auxiliary losses want them; a row
+            that does not complete block j has an older one there.
     """
 
     def __init__(
@@ -45,6 +49,7 @@ class Recurrence:
         self.reenter = reenter
         self.blocks = blocks
         self.extra = dict(extra)
+        self.each: list[Tensor] = []
         self.config = call.config
         self.plan = call.plan
         self.is_static = self.config.fam_query == "static"
@@ -65,6 +70,8 @@ class Recurrence:
                 # This update projected the F that the one before it made.
                 made.append(own.map(partial(put, rows=rows, count=self.plan.rows)))
             fam = merge(fam, rows, updated)
+            if self.call.losses is not None:
+                self.each.append(fam)
         if max(finished):
             self._project_last(fam, made)
         return fam, made

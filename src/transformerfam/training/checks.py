@@ -222,6 +222,11 @@ def _check_optimizer(recipe: Recipe) -> None:
 def _check_feedback(recipe: Recipe) -> None:
     feedback, fam = recipe.feedback, recipe.fam
     _at_least(0, "feedback", feedback, ["bptt_blocks", "state_passing_delay", "bias_steps"])
+    _at_least(0, "feedback", feedback, ["diversity_weight", "reconstruction_weight"])
+    _refuse_unless(
+        not feedback.diversity_weight or fam.fam_length != 1,
+        "feedback.diversity_weight pushes rows of FAM apart, and fam.fam_length=1 has only one.",
+    )
     _probability("feedback", feedback, "state_passing")
     _probability("feedback", feedback, "position_offset")
     _above_zero("feedback", feedback, ["position_offset_limit", "bias_power"])
