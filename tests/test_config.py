@@ -204,7 +204,7 @@ def test_patterns_that_keep_all_or_some_for_ever_have_no_sinks() -> None:
     ):
         assert (config.keeps_everything, config.sink_tokens, config.slots) == (True, 0, None)
         assert config.receptive_field(2) is None
-        assert config.with_attention("bswa") == FamConfig(sink_tokens=0)
+        assert config.changed(attention="bswa") == FamConfig(sink_tokens=0)
 
 
 def test_anchors_are_sinks_or_globals() -> None:

@@ -47,7 +47,14 @@ def test_keys_per_query_are_those_of_the_masks(config: FamConfig) -> None:
 
 def test_feedback_costs_the_factor_of_the_paper() -> None:
     # Wide layers and no head: attention does not count, and 1 + N/B is left (1.0625).
-    shape = ModelShape(layers=2, layer_weights=10**12, head_weights=0, attention_width=1)
+    shape = ModelShape(
+        layers=2,
+        layer_weights=10**12,
+        head_weights=0,
+        attention_width=1,
+        key_value_width=1,
+        hidden_size=1,
+    )
     config = FamConfig.paper()
     with_fam = flops(config, shape, 8 * 1024)
     without = flops(config.without_feedback(), shape, 8 * 1024)
@@ -55,7 +62,14 @@ def test_feedback_costs_the_factor_of_the_paper() -> None:
 
 
 def test_attention_is_counted_by_pairs_and_full_attention_grows_with_the_square() -> None:
-    shape = ModelShape(layers=3, layer_weights=0, head_weights=0, attention_width=8)
+    shape = ModelShape(
+        layers=3,
+        layer_weights=0,
+        head_weights=0,
+        attention_width=8,
+        key_value_width=4,
+        hidden_size=8,
+    )
     full = FamConfig.paper(block_size=4, fam_length=0, attention="full")
     assert flops(full, shape, 10) == 4 * 8 * 3 * (10 * 11 // 2)
     fam = FamConfig.paper(block_size=4, memory_segments=0, fam_length=2)
@@ -65,7 +79,14 @@ def test_attention_is_counted_by_pairs_and_full_attention_grows_with_the_square(
 
 
 def test_head_and_layers_are_two_operations_a_weight_and_token() -> None:
-    shape = ModelShape(layers=3, layer_weights=100, head_weights=10, attention_width=0)
+    shape = ModelShape(
+        layers=3,
+        layer_weights=100,
+        head_weights=10,
+        attention_width=0,
+        key_value_width=0,
+        hidden_size=0,
+    )
     assert flops(FamConfig.paper(block_size=4, fam_length=0), shape, 7) == 2 * 110 * 7
     # Only the one finished block costs an update; FAM rows never reach the head.
     assert flops(FamConfig.paper(block_size=4, fam_length=3), shape, 7) == 2 * 110 * 7 + 2 * 100 * 3

@@ -16,7 +16,7 @@ PACKAGE = Path(transformerfam.__file__).parent
 # A module imports only from modules before it. The modules of `commands` count as one.
 ORDER = [
     *("errors", "extras", "files", "report"),
-    *("config", "masks", "rotary", "cost"),
+    *("config", "masks", "rotary", "cost", "variants"),
     *(
         "attention",
         "layer_memory",

@@ -22,7 +22,7 @@ Backend = Literal["sdpa", "eager", "flex"]
 _NOT_PART_OF_A_MEMORY = ("backend", "stop_gradient", "fam_bias")
 
 # Fields that belong to some patterns alone, and what they are under the others.
-OF_SOME_PATTERNS: dict[str, Any] = {
+_OF_SOME_PATTERNS: dict[str, Any] = {
     "window": None,
     "global_positions": (),
     "random_blocks": 0,
@@ -181,13 +181,24 @@ class FamConfig:
         """A copy with some fields changed, checked anew."""
         return replace(self, **changes)
 
-    def with_attention(self, pattern: AttentionPattern) -> FamConfig:
-        """The same under another pattern; what only some patterns have goes back to nothing."""
-        return replace(self, **{**OF_SOME_PATTERNS, "attention": pattern})
+    def changed(self, **changes: Any) -> FamConfig:
+        """As `replace`, but what would contradict the changes goes back to nothing.
+
+        Another pattern loses what only some patterns have; no feedback, what needs feedback.
+        """
+        dropped: dict[str, Any] = {}
+        if changes.get("attention", self.attention) != self.attention:
+            dropped.update(_OF_SOME_PATTERNS)
+        slots = changes.get("fam_length", self.fam_length)
+        if slots == 0:
+            dropped.update(feedback_norm="none", previous_fams=1, fam_bias=0.0)
+        elif slots != self.fam_length and isinstance(self.feedback_norm, tuple):
+            dropped.update(feedback_norm="none")
+        return replace(self, **{**dropped, **changes})
 
     def without_feedback(self) -> FamConfig:
         """The same windows with the feedback memory off: TransformerBSWA."""
-        return replace(self, fam_length=0, previous_fams=1, feedback_norm="none", fam_bias=0.0)
+        return self.changed(fam_length=0)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON."""

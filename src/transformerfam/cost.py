@@ -1,4 +1,4 @@
-"""What reading costs, in floating-point operations, counted from the geometry alone.
+"""What reading costs, in operations and in bytes of state, counted from the geometry alone.
 
 For a stream of L tokens, with B, M, N as in the paper and Lᶠ = ⌊L / B⌋ finished blocks:
 
@@ -14,6 +14,7 @@ tiles does a little more. Norms, rotations and softmax are left out. Knows no to
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -33,12 +34,32 @@ class ModelShape:
         layer_weights: P_layers, weights of all layers that multiply a token.
         head_weights: V · d of the output layer.
         attention_width: H · D, query heads times their dimension.
+        key_value_width: Hk · D, key-value heads times their dimension.
+        hidden_size: d.
     """
 
     layers: int
     layer_weights: int
     head_weights: int
     attention_width: int
+    key_value_width: int
+    hidden_size: int
+
+
+# SmolLM2-135M: 30 layers, 9 heads of 64 that share 3 key-value heads, feed-forwards of 1536.
+SMOLLM2 = ModelShape(
+    layers=30,
+    layer_weights=30 * (2 * 576 * 576 + 2 * 576 * 192 + 3 * 576 * 1536),
+    head_weights=49152 * 576,
+    attention_width=576,
+    key_value_width=192,
+    hidden_size=576,
+)
+
+# Numbers in each tensor that a variant keeps in a layer, by its name in `FamConfig.extra_state`.
+_EXTRA: dict[str, Callable[[FamConfig, ModelShape], int]] = {
+    "fam_input": lambda config, shape: config.fam_length * shape.hidden_size,
+}
 
 
 def keys_per_query(config: FamConfig, positions: Counts) -> Counts:
@@ -70,6 +91,21 @@ def _window_keys(config: FamConfig, t: Counts) -> Counts:
         return bswa
     swa = np.minimum(t + 1, w)
     return np.minimum(bswa, swa) if config.attention == "xl" else swa
+
+
+def state_bytes(config: FamConfig, shape: ModelShape, length: int, number_bytes: int = 4) -> int:
+    """Bytes that one stream carries after `length` tokens; what `Memory.nbytes` is then.
+
+    In each layer keys and values of W = P + A + k·N + B slots, keys of A anchors as they came, F, and
+    what a variant keeps beside these. Where all is kept, P are the finished blocks.
+    """
+    B, anchors = config.block_size, len(config.anchor_positions)
+    slots = config.slots
+    if slots is None:
+        slots = length // B * B + config.previous_fams * config.fam_length + B
+    numbers = (2 * slots + anchors) * shape.key_value_width + config.fam_length * shape.hidden_size
+    numbers += sum(_EXTRA[name](config, shape) for name in config.extra_state)
+    return shape.layers * numbers * number_bytes
 
 
 def flops(config: FamConfig, shape: ModelShape, length: int) -> int:

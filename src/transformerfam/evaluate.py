@@ -73,12 +73,12 @@ def readers(model: Any, names: Sequence[str], *, full_limit: int | None) -> list
     """
     windows = model.fam_config.without_feedback()
     if windows.keeps_everything:
-        windows = windows.with_attention("bswa")
+        windows = windows.changed(attention="bswa")
     sinks = windows.sink_tokens or min(_SINKS, windows.block_size)
     configs = {
         "bswa": windows.replace(sink_tokens=0),
         "sinks": windows.replace(sink_tokens=sinks),
-        "full": windows.with_attention("full"),
+        "full": windows.changed(attention="full"),
     }
     trained_for = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     found = []

@@ -132,9 +132,9 @@ def comparison(model: Any, memory: Memory, *, trained: bool, full_limit: int) ->
 def _configs(base: FamConfig, trained: bool) -> dict[str, FamConfig]:
     windows = base.without_feedback()
     if windows.keeps_everything:
-        windows = windows.with_attention("bswa")
+        windows = windows.changed(attention="bswa")
     name = windows.attention.upper()
-    found = {"full": windows.with_attention("full"), name: windows.replace(sink_tokens=0)}
+    found = {"full": windows.changed(attention="full"), name: windows.replace(sink_tokens=0)}
     if windows.attention != "longformer":
         sinks = base.sink_tokens or min(_USUAL_SINKS, base.block_size)
         found[f"{name} + {sinks} sinks"] = windows.replace(sink_tokens=sinks)

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from transformerfam.config import OF_SOME_PATTERNS, FamConfig
+from transformerfam.config import FamConfig
 from transformerfam.errors import UserError
 
 if TYPE_CHECKING:
@@ -65,14 +65,16 @@ def add_model_details(group: argparse._ActionsContainer) -> None:
     group.add_argument("--device", metavar="NAME", help="cpu, cuda, ... (default: cpu)")
 
 
-def add_geometry(parser: argparse.ArgumentParser) -> None:
+_GEOMETRY = (
+    "By default what the loaded memory or the model was made with. A model without a trained "
+    "feedback memory reads best without one and with sinks: --fam-length 0 --sink-tokens 4, "
+    "and that is its default."
+)
+
+
+def add_geometry(parser: argparse.ArgumentParser, about: str = _GEOMETRY) -> None:
     """An option for each field of FamConfig."""
-    group = parser.add_argument_group(
-        "geometry",
-        "By default what the loaded memory or the model was made with. A model without a trained "
-        "feedback memory reads best without one and with sinks: --fam-length 0 --sink-tokens 4, "
-        "and that is its default.",
-    )
+    group = parser.add_argument_group("geometry", about)
     hints = get_type_hints(FamConfig)
     for field in fields(FamConfig):
         metavar, text = GEOMETRY[field.name]
@@ -96,18 +98,8 @@ def changed(base: FamConfig, changes: dict[str, Any]) -> FamConfig:
     Raises:
         UserError: if the changes contradict each other.
     """
-    values: dict[str, Any] = {}
-    pattern = changes.get("attention", base.attention)
-    if pattern != base.attention:
-        values.update(OF_SOME_PATTERNS)
-    if changes.get("fam_length", base.fam_length) != base.fam_length:
-        per_slot = isinstance(base.feedback_norm, tuple)
-        if changes.get("fam_length") == 0:
-            values.update(feedback_norm="none", previous_fams=1, fam_bias=0.0)
-        elif per_slot:
-            values.update(feedback_norm="none")
     try:
-        return base.replace(**{**values, **changes})
+        return base.changed(**changes)
     except ValueError as error:
         raise UserError(str(error)) from None
 

@@ -115,12 +115,15 @@ def model_shape(model: Any) -> ModelShape:
         elif parameter.dim() > 1:
             weights += parameter.numel()
     heads = config.num_attention_heads
+    shared = getattr(config, "num_key_value_heads", None) or heads
     width = getattr(config, "head_dim", None) or config.hidden_size // heads
     return ModelShape(
         layers=len(layers),
         layer_weights=weights,
         head_weights=config.vocab_size * config.hidden_size,
         attention_width=heads * width,
+        key_value_width=shared * width,
+        hidden_size=config.hidden_size,
     )
 
 
@@ -161,7 +164,7 @@ def _costs(session: Session, shape: ModelShape) -> list[dict[str, Any]]:
 
     config = session.config
     windows = config.without_feedback()
-    full = windows.with_attention("full")
+    full = windows.changed(attention="full")
     rows = []
     for length in _LENGTHS:
         own = flops(config, shape, length)
