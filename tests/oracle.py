@@ -22,6 +22,10 @@ Where the paper is silent or divided, this file decides:
 - The bias on the scores of FAM is for tokens that look at FAM, not for FAM that looks at itself.
 - A stream that begins with the FAM of another has no first update: its block 0 sees that FAM, at
   positions -N .. -1, and updates it with the residual copy.
+- A prefix is an F_{-1} as if another stream had left it. With `fam_query="static"` the queries of all
+  blocks come from the layer's FAM input of block 0 (the prompt as it rose, or the prefix), at the
+  positions that the queries of that block have anyway, and no update adds a residual, the first
+  neither.
 - FAM queries never see sinks, globals, memory segments or older FAMs, and see the whole block even
   if the window of the tokens is shorter than a block.
 - `feedback_norm` is applied once to each F that is made, before the layer above (in block 0), the
@@ -92,7 +96,8 @@ def oracle(
             compressive memory its decoder has `memory_gates`, whose weight is β, (layers, heads).
         config: the TransformerFAM to compute; `backend` is of no account.
         input_ids: (T,), T at least 1 and not necessarily whole blocks.
-        prompt: (N, d), in the scale of the token embeddings; None exactly if `fam_length` is 0.
+        prompt: (N, d), in the scale of the token embeddings; None exactly if `fam_length` is 0. With
+            `fam_start="prefix"` (layers · N, d): F_{-1} of the bottom layer first.
         start: rotary position of the first token, a multiple of the block size.
         passed: (N, d) of each layer, F_{-1} that another stream left (random state passing).
 
@@ -109,6 +114,9 @@ def oracle(
     fams: dict[int, list[Tensor]] = {}  # fams[τ][layer]
     if passed is not None:
         fams[-1] = passed
+    elif config.fam_start == "prefix" and prompt is not None:
+        fams[-1] = list(prompt.split(N))
+    inputs = list(fams.get(-1, []))  # inputs[layer]: the FAM input of block 0
     outputs: list[list[Key]] = [[] for _ in decoder.layers]  # as tokens, of what the layer made
     sums = [CompressiveMemory(config, layer.self_attn.head_dim) for layer in decoder.layers]
     last_outputs = []
@@ -156,9 +164,15 @@ def oracle(
                 else:
                     assert prompt is not None
                     before = prompt
+                if is_first:
+                    inputs.append(before)
                 own_block = tokens[depth][first : first + B]
+                asks = inputs[depth] if config.fam_query == "static" else before
+                copied: Tensor | None = before
+                if config.fam_query == "static" or (is_first and config.first_residual == "zero"):
+                    copied = None
                 made.append(
-                    update_fam(model, config, layer, before, own_block, block, start, is_first)
+                    update_fam(model, config, layer, before, asks, copied, own_block, block, start)
                 )
             hidden = output
 
@@ -178,13 +192,17 @@ def update_fam(
     config: FamConfig,
     layer: Any,
     before: Tensor,
+    asks: Tensor,
+    copied: Tensor | None,
     own_block: list[Key],
     block: int,
     start: int,
-    is_first: bool,
 ) -> Tensor:
-    """F_τ (N, d) of one layer from F_{τ-1} (or, `is_first`, the prompt), and the keys of block τ."""
-    queries, _, _ = project(layer, before)
+    """F_τ (N, d) of one layer from F_{τ-1}, or the FAM input of block 0, and the keys of block τ.
+
+    `asks` is what the queries come from, and `copied` the residual, if there is one.
+    """
+    queries, _, _ = project(layer, asks)
     seen = fam_keys(model, config, layer, before, block - 1, start) + own_block
     stands_as = block if config.fam_query_position == "block_end" else block - 1
     places = fam_positions(config, stands_as, start)
@@ -192,8 +210,8 @@ def update_fam(
         [attend(model, layer, queries[i], places[i], seen) for i in range(config.fam_length)]
     )
     attended = layer.self_attn.o_proj(attention)
-    if not is_first or config.first_residual == "prompt":
-        attended = attended + before
+    if copied is not None:
+        attended = attended + copied
     return bounded(config, feed_forward(layer, attended))
 
 
@@ -226,7 +244,7 @@ def bounded(config: FamConfig, fam: Tensor) -> Tensor:
     for i, row in enumerate(fam):
         rms = (row.pow(2).mean() + EPS).sqrt()
         if norm == "rms":
-            rows.append(row / rms)
+            rows.append(row / rms * config.feedback_rms)
         else:
             cap = norm[i] if isinstance(norm, tuple) else float(norm)
             rows.append(row * (cap / rms) if rms > cap else row)
@@ -260,7 +278,12 @@ def window_shows(config: FamConfig, t: int, s: int) -> bool:
         return False
     if config.attention == "full":
         return True
-    in_kept_blocks = s // config.block_size >= t // config.block_size - config.memory_segments
+    block, of_key = t // config.block_size, s // config.block_size
+    in_kept_blocks = of_key >= block - config.memory_segments
+    if config.attention == "bigbird":
+        return in_kept_blocks or of_key == 0 or of_key in drawn_blocks(config, block)
+    if config.attention == "sparse":
+        return in_kept_blocks or s % config.block_size >= config.block_size - config.summary_tokens
     in_window = s > t - window_of(config)
     if config.attention == "bswa":
         return in_kept_blocks
@@ -269,6 +292,25 @@ def window_shows(config: FamConfig, t: int, s: int) -> bool:
     if config.attention == "longformer":
         return in_window or t in config.global_positions or s in config.global_positions
     return in_window
+
+
+def drawn_blocks(config: FamConfig, block: int) -> set[int]:
+    """R(τ) of BigBird: r of the blocks between the first and the window, by Floyd's algorithm."""
+    r, candidates = config.random_blocks, block - config.memory_segments - 1
+    if candidates <= r:
+        return set(range(1, candidates + 1))
+    drawn: set[int] = set()
+    for i, last in enumerate(range(candidates - r + 1, candidates + 1)):
+        draw = 1 + scattered(block * r + i) % last
+        drawn.add(last if draw in drawn else draw)
+    return drawn
+
+
+def scattered(x: int) -> int:
+    """h(x): three rounds of adding a key and taking the fifth power, modulo 2³¹ - 1."""
+    for key in (1_202_590_843, 715_225_739, 1_884_310_127):
+        x = pow(x + key, 5, 2**31 - 1)
+    return x
 
 
 def window_of(config: FamConfig) -> int:
@@ -424,6 +466,7 @@ def _check(
         raise ValueError("start must be a multiple of block_size.")
     if (prompt is None) != (config.fam_length == 0):
         raise ValueError("A prompt is needed exactly if fam_length is above 0.")
-    wanted = (config.fam_length, model.config.hidden_size)
+    starts = model.config.num_hidden_layers if config.fam_start == "prefix" else 1
+    wanted = (config.fam_length * starts, model.config.hidden_size)
     if prompt is not None and tuple(prompt.shape) != wanted:
         raise ValueError(f"The prompt must be {wanted}, not {tuple(prompt.shape)}.")

@@ -51,7 +51,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "globals without longformer": ({"global_positions": (0,)}, "belong to attention='longformer'"),
     "sinks beyond block 0": (
         {"block_size": 2, "fam_length": 0, "sink_tokens": 3},
-        "sink_tokens=3 must fit into the first block; with block_size=2 set it to 2 or fewer",
+        "sink_tokens=3 must fit into a block; with block_size=2 set it to 2 or fewer",
     ),
     "unknown norm": ({"feedback_norm": "layer"}, "feedback_norm must be 'none', 'rms', or"),
     "norm of zero": ({"feedback_norm": 0.0}, "feedback_norm as a number .* above 0"),
@@ -67,6 +67,11 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "norm without feedback": ({"fam_length": 0, "feedback_norm": "rms"}, "need a feedback memory"),
     "FAMs without feedback": ({"fam_length": 0, "previous_fams": 2}, "need a feedback memory"),
+    "rms of what": ({"feedback_rms": 2.0}, "is what feedback_norm='rms' rescales to"),
+    "rms of nothing": (
+        {"feedback_norm": "rms", "feedback_rms": 0.0},
+        "feedback_rms must be a number above 0",
+    ),
     "unknown source": ({"memory_source": "both"}, "memory_source must be one of input, output"),
     "unknown rule": (
         {"compressive_memory": "sum"},
@@ -108,7 +113,19 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"recurrence": "autocompressor", "memory_segments": 0, "feedback_norm": "rms"},
         "previous_fams and feedback_norm do nothing",
     ),
+    "through the stack from a prefix": (
+        {"recurrence": "rmt", "memory_segments": 0, "fam_start": "prefix"},
+        "fam_start and fam_query do nothing",
+    ),
     "an unknown recurrence": ({"recurrence": "lstm"}, "recurrence must be one of layer, rmt"),
+    "drawn blocks elsewhere": ({"random_blocks": 1}, "random_blocks belong to .*bigbird"),
+    "bigbird without draws": ({"attention": "bigbird"}, "needs at least one; its paper has three"),
+    "summaries elsewhere": ({"summary_tokens": 1}, "summary_tokens belong to .*sparse"),
+    "sparse without summaries": ({"attention": "sparse"}, "which needs at least one"),
+    "more summaries than tokens": (
+        {"attention": "sparse", "block_size": 4, "fam_length": 0, "summary_tokens": 5},
+        "summary_tokens=5 must fit into a block",
+    ),
     "more slots than positions": (
         {"block_size": 4, "fam_length": 5},
         "fam_length can be at most block_size",
@@ -232,6 +249,13 @@ def test_patterns_that_keep_all_or_some_for_ever_have_no_sinks() -> None:
     assert FamConfig(attention="full").sink_tokens == 0
     assert FamConfig(attention="longformer", global_positions=(0,)).sink_tokens == 0
     assert FamConfig().replace(attention="full").anchor_positions == ()
+    for config in (
+        FamConfig(attention="bigbird", random_blocks=3),
+        FamConfig(attention="sparse", summary_tokens=8),
+    ):
+        assert (config.keeps_everything, config.sink_tokens, config.slots) == (True, 0, None)
+        assert config.receptive_field(2) is None
+        assert config.changed(attention="bswa") == FamConfig(sink_tokens=0)
 
 
 def test_anchors_are_sinks_or_globals() -> None:

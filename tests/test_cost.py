@@ -17,6 +17,12 @@ CONFIGS = [
     FamConfig.paper(block_size=4, memory_segments=2, fam_length=3, attention="xl"),
     FamConfig.paper(block_size=4, fam_length=0, attention="full"),
     FamConfig.paper(
+        block_size=4, memory_segments=1, fam_length=2, attention="bigbird", random_blocks=2
+    ),
+    FamConfig.paper(
+        block_size=4, memory_segments=1, fam_length=0, attention="sparse", summary_tokens=3
+    ),
+    FamConfig.paper(
         block_size=4, fam_length=1, attention="longformer", window=5, global_positions=(0, 9)
     ),
 ]
@@ -41,7 +47,15 @@ def test_keys_per_query_are_those_of_the_masks(config: FamConfig) -> None:
 
 def test_feedback_costs_the_factor_of_the_paper() -> None:
     # Wide layers and no head: attention does not count, and 1 + N/B is left (1.0625).
-    shape = ModelShape(layers=2, layer_weights=10**12, head_weights=0, attention_width=1)
+    shape = ModelShape(
+        layers=2,
+        layer_weights=10**12,
+        head_weights=0,
+        attention_width=1,
+        key_value_width=1,
+        hidden_size=1,
+        head_size=1,
+    )
     config = FamConfig.paper()
     with_fam = flops(config, shape, 8 * 1024)
     without = flops(config.without_feedback(), shape, 8 * 1024)
@@ -49,7 +63,15 @@ def test_feedback_costs_the_factor_of_the_paper() -> None:
 
 
 def test_attention_is_counted_by_pairs_and_full_attention_grows_with_the_square() -> None:
-    shape = ModelShape(layers=3, layer_weights=0, head_weights=0, attention_width=8)
+    shape = ModelShape(
+        layers=3,
+        layer_weights=0,
+        head_weights=0,
+        attention_width=8,
+        key_value_width=4,
+        hidden_size=8,
+        head_size=1,
+    )
     full = FamConfig.paper(block_size=4, fam_length=0, attention="full")
     assert flops(full, shape, 10) == 4 * 8 * 3 * (10 * 11 // 2)
     fam = FamConfig.paper(block_size=4, memory_segments=0, fam_length=2)
@@ -69,13 +91,21 @@ def test_memory_through_the_stack_is_counted_by_the_masks_of_its_blocks(kind: st
         sees = masks.segment(config, S)
         pairs += sum(bool(sees(q, k)) for q in range(places) for k in range(places))
         rows += places
-    shape = ModelShape(layers=3, layer_weights=100, head_weights=10, attention_width=8)
+    shape = ModelShape(3, 100, 10, 8, key_value_width=8, hidden_size=8, head_size=4)
     expected = 2 * 100 * rows + 2 * 10 * length + 4 * 8 * 3 * pairs
     assert flops(config, shape, length) == expected
 
 
 def test_head_and_layers_are_two_operations_a_weight_and_token() -> None:
-    shape = ModelShape(layers=3, layer_weights=100, head_weights=10, attention_width=0)
+    shape = ModelShape(
+        layers=3,
+        layer_weights=100,
+        head_weights=10,
+        attention_width=0,
+        key_value_width=0,
+        hidden_size=0,
+        head_size=1,
+    )
     assert flops(FamConfig.paper(block_size=4, fam_length=0), shape, 7) == 2 * 110 * 7
     outputs = FamConfig.paper(block_size=4, fam_length=0, memory_source="output")
     assert flops(outputs, shape, 7) == 2 * (2 * 100 + 10) * 7

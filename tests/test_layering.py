@@ -16,7 +16,7 @@ PACKAGE = Path(transformerfam.__file__).parent
 # A module imports only from modules before it. The modules of `commands` count as one.
 ORDER = [
     *("errors", "extras", "files", "report"),
-    *("config", "masks", "rotary", "cost"),
+    *("config_checks", "config", "masks", "rotary", "cost", "variants"),
     *(
         "attention",
         "layer_memory",
@@ -24,6 +24,7 @@ ORDER = [
         "memory_file",
         "plan",
         "indexing",
+        "auxiliary",
         "call",
         "feedback",
         "blocks",
@@ -31,7 +32,7 @@ ORDER = [
         "compressive",
         "recurrent",
     ),
-    *("probe", "layer", "modeling", "auto", "conversion", "embedded", "models"),
+    *("modules", "probe", "layer", "modeling", "auto", "conversion", "embedded", "models"),
     *("text", "stream", "turns", "data", "plots", "benchmark"),
     *("tasks", "evaluate", "training", "reproduction"),
     *("commands", "cli", "harness", "__main__"),
@@ -39,6 +40,7 @@ ORDER = [
 
 # Inside a function an import may also go back, for a reason.
 BACK = {
+    ("config_checks", "config"): "only the name of the type",
     ("memory", "memory_file"): "Memory.save and Memory.load are where one looks for them",
     ("modeling", "conversion"): "a pickle makes the classes of its family again",
     ("auto", "conversion"): "a config.json names a family whose classes are made then",

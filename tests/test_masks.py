@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from transformerfam.config import FamConfig
 from transformerfam.masks import (
     Predicate,
+    _drawn_blocks,
     block_sliding_window,
     causal,
     fam_sees_token,
@@ -99,6 +100,49 @@ def test_longformer_adds_globals_both_ways(t: int, w: int, globals_: set[int]) -
     assert seen(token_sees_token(config), t) == local | (globals_ & past)
 
 
+def bigbird(B: int, M: int, r: int) -> FamConfig:
+    return FamConfig.paper(
+        block_size=B, memory_segments=M, fam_length=0, attention="bigbird", random_blocks=r
+    )
+
+
+@given(t=POSITION, B=BLOCK, M=SEGMENTS, r=st.integers(1, 4))
+def test_bigbird_adds_the_first_block_and_r_whole_ones(t: int, B: int, M: int, r: int) -> None:
+    found = seen(token_sees_token(bigbird(B, M, r)), t)
+    window = seen(token_sees_token(bswa(B, M)), t)
+    assert window <= found <= set(range(t + 1))
+    assert set(range(min(B, t + 1))) <= found
+    drawn = {key // B for key in found - window - set(range(B))}
+    assert len(drawn) == max(0, min(r, t // B - M - 1))
+    assert found == window | {key for key in range(t + 1) if key // B in drawn | {0}}
+
+
+def test_bigbird_draws_evenly_and_alike_for_the_queries_of_a_block() -> None:
+    sees = token_sees_token(bigbird(2, 1, 3))
+    for block in range(14, 114):
+        of_first, of_last = (
+            {b for b in range(block - 1) if sees(2 * block + i, 2 * b)} for i in (0, 1)
+        )
+        assert of_first == of_last
+    drawn = [0] * 12
+    for block in range(14, 3014):
+        for b in _drawn_blocks(block, 12, 3):
+            drawn[b - 1] += 1
+    assert sum(drawn) == 9000
+    assert max(drawn) < 9000 / 12 * 1.15 and min(drawn) > 9000 / 12 * 0.85
+
+
+@given(t=POSITION, B=BLOCK, M=SEGMENTS, data=st.data())
+def test_sparse_adds_the_ends_of_all_blocks(t: int, B: int, M: int, data: st.DataObject) -> None:
+    c = data.draw(st.integers(1, B))
+    config = FamConfig.paper(
+        block_size=B, memory_segments=M, fam_length=0, attention="sparse", summary_tokens=c
+    )
+    ends = {end - i for end in range(B - 1, t + B, B) for i in range(c)}
+    expected = seen(token_sees_token(bswa(B, M)), t) | (ends & set(range(t + 1)))
+    assert seen(token_sees_token(config), t) == expected
+
+
 @given(t=POSITION, B=BLOCK, M=SEGMENTS, sinks=st.integers(1, 4))
 def test_sinks_complement_the_window(t: int, B: int, M: int, sinks: int) -> None:
     """Every sink up to the query is seen exactly once: by the window or as a sink."""
@@ -176,6 +220,7 @@ def test_tensors_give_what_numbers_give(B: int, M: int, data: st.DataObject) -> 
         token_sees_anchor(config),
         token_sees_token(xl(B, M, (M + 1) * B)),
         token_sees_token(longformer),
+        token_sees_token(bigbird(B, 0, 1)),
         token_sees_anchor(longformer),
         token_sees_fam(fam),
         fam_sees_token(fam),

@@ -51,7 +51,7 @@ def plans(draw: st.DrawFn) -> CallPlan:
         starts = [start // 6 * config.block_size for start in starts]
         columns = draw(st.integers(1, 4)) * config.block_size
     past = config.past_length
-    if past is None:  # full attention keeps the whole blocks of the row that has read most
+    if past is None:  # everything is kept: the whole blocks of the row that has read most
         past = max(starts) // config.block_size * config.block_size
     return CallPlan(config, tuple(starts), columns, valid, past)
 
@@ -185,7 +185,7 @@ def expected_tokens(
 
 def past_of(config: FamConfig, t: int) -> int:
     """How far before its block the keys at t's disposal reach."""
-    if config.attention == "full":
+    if config.keeps_everything:
         return t
     if config.attention != "longformer":
         return kept_past(config)

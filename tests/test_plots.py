@@ -49,6 +49,30 @@ def test_figure_1_is_the_papers() -> None:
     ]
 
 
+def test_bigbird_and_sparse_are_theirs() -> None:
+    """Two tokens a block: the first block and a drawn one; the last token of every block."""
+    alone = FamConfig.paper(block_size=2, memory_segments=0, fam_length=0)
+    sparse = alone.replace(attention="sparse", summary_tokens=1)
+    assert picture(sparse, 3).split() == [
+        "b.....",
+        "bb....",
+        ".mb...",
+        ".mbb..",
+        ".m.mb.",
+        ".m.mbb",
+    ]
+    bigbird = alone.replace(attention="bigbird", random_blocks=1)
+    assert picture(bigbird, 4).split()[:6] == [
+        "b.......",
+        "bb......",
+        "mmb.....",
+        "mmbb....",
+        "mmmmb...",
+        "mmmmbb..",
+    ]
+    assert picture(bigbird, 4).split()[6] in ("mmmm..b.", "mm..mmb.")
+
+
 def test_figure_2_shows_feedback_and_sinks() -> None:
     """Keys: F before each block. Rows: a block's tokens, then the FAM that compresses it."""
     config = FamConfig.paper(block_size=2, memory_segments=1, fam_length=1, sink_tokens=1)

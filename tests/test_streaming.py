@@ -33,7 +33,7 @@ def same_memory(a: Memory, b: Memory) -> None:
     for (name, x), (_, y) in zip(a.tensors(), b.tensors(), strict=True):
         if name.endswith(("keys", "values")) and not name.endswith("anchor_keys"):
             free = a.config.block_size - a.position[0] % a.config.block_size
-            # Under full attention a row that read less than its neighbours has zeros before its past.
+            # Where all is kept a row that read less than its neighbours has zeros before its past.
             kept = min(x.shape[2], y.shape[2])
             x, y = (t[:, :, t.shape[2] - kept : t.shape[2] - free] for t in (x, y))
         close(x, y)
@@ -149,7 +149,7 @@ def far(memory: Memory, blocks: int) -> Memory:
     [
         n
         for n, c in VARIANTS.items()
-        if c.fam_position != "zero" and c.attention not in ("full", "longformer")
+        if c.fam_position != "zero" and not c.keeps_everything and c.attention != "longformer"
     ],
 )
 @pytest.mark.parametrize("tokens_before", [10**8, 10**12])
@@ -176,7 +176,7 @@ def test_fam_at_position_zero_does_notice_how_far_it_is() -> None:
     assert not torch.allclose(near, there)
 
 
-@pytest.mark.parametrize("name", [n for n, c in VARIANTS.items() if c.attention != "full"])
+@pytest.mark.parametrize("name", [n for n, c in VARIANTS.items() if not c.keeps_everything])
 def test_memory_is_as_large_after_300_blocks_as_after_3(name: str) -> None:
     config = VARIANTS[name].replace(backend="sdpa")
     model = convert(tiny(num_hidden_layers=1), config)
@@ -186,6 +186,13 @@ def test_memory_is_as_large_after_300_blocks_as_after_3(name: str) -> None:
     assert memory.position == (300 * B,)
     assert memory.nbytes == small
     assert all(torch.isfinite(t).all() for _, t in memory.tensors())
+
+
+@pytest.mark.parametrize("name", [n for n, c in VARIANTS.items() if c.keeps_everything])
+def test_what_sees_everything_keeps_everything(name: str) -> None:
+    _, memory = stream(_model(name), some_tokens(1, 7 * B), [B + 1, 6 * B - 1])
+    assert memory.past_length == 7 * B
+    assert memory.is_sliding == [False] * len(memory)
 
 
 def test_full_attention_keeps_everything() -> None:

@@ -7,7 +7,7 @@ layer's next memory with the `Call`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from transformerfam.attention import AttentionMask, AttentionStyle, attend
+from transformerfam.auxiliary import diversity, reconstruction
 from transformerfam.call import Call, Reenter
 from transformerfam.feedback import Recurrence, fam_keys
 from transformerfam.indexing import columns_of, place, sliding, stop_gradient, unsqueeze
@@ -41,9 +42,10 @@ class TokenPass:
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, style: AttentionStyle) -> Tensor:
         """An `AttentionPass`: (R, H, T, D) queries to (R, T, H, Dv)."""
         before, anchors, query, new = self._arrive(query, KeyValue(key, value))
-        within_block = self.plan.blocks == 1 and not any(self.plan.finished)
-        read = self._within_block if within_block else self._over_blocks
-        seen, after = read(before, new, anchors)
+        if self.plan.blocks == 1 and not any(self.plan.finished):
+            seen, after = self._within_block(before, new, anchors)
+        else:
+            seen, after = self._over_blocks(before, new, anchors, query, style)
         if self.call.keep:
             self.call.after[self.layer] = after
         return self._attend(query, seen, style)
@@ -54,25 +56,38 @@ class TokenPass:
         """The memory before the call, the anchors, and the call's queries and keys, rotated."""
         before = self.call.before[self.layer]
         if before is None:
-            before = self._begin(new)
+            before = self._empty(new)
+        if self.call.first_fams is not None:
+            before = self._begin(before, self.call.first_fams[self.layer].to(self.hidden))
         before = before.fit(new.keys, new.values, self.hidden)
         anchors = self._gather_anchors(before, new)
         tokens = self._tables("tokens", self.call.token_positions, query)
         rotated = KeyValue(rotate(new.keys, tokens), new.values)
         return before, anchors, rotate(query, tokens), rotated
 
-    def _begin(self, new: KeyValue) -> LayerMemory:
-        """The memory of a new stream: empty, or with the FAM of another (random state passing)."""
-        empty = LayerMemory.empty(self.config, new.keys, new.values, self.hidden)
-        if self.call.passed_fams is None:
-            return empty
-        fam = self.call.passed_fams[self.layer].to(self.hidden)
+    def _empty(self, new: KeyValue) -> LayerMemory:
+        """The memory of a stream that has read nothing."""
+        return LayerMemory.empty(self.config, new.keys, new.values, self.hidden)
+
+    def _begin(self, before: LayerMemory, fam: Tensor) -> LayerMemory:
+        """`before` with F_{-1}, of another stream or a prefix, in the rows that begin with it."""
+        fam = fam.expand(self.plan.rows, -1, -1)
         newest = fam_keys(self.call, self.layer, self.reenter, fam, block=0)
         B, N = self.config.block_size, self.config.fam_length
-        tokens = empty.tokens.zip(
-            newest, lambda old, new: torch.cat([old[:, :, : -B - N], new, old[:, :, -B:]], dim=2)
+        rows = torch.tensor(self.call.beginning, device=fam.device)
+
+        def chosen(begun: Tensor, old: Tensor) -> Tensor:
+            return torch.where(rows.view(-1, *(1,) * (old.dim() - 1)), begun, old)
+
+        tokens = before.tokens.zip(
+            newest,
+            lambda old, new: torch.cat(
+                [old[:, :, : -B - N], chosen(new, old[:, :, -B - N : -B]), old[:, :, -B:]], dim=2
+            ),
         )
-        return LayerMemory(tokens.keys, tokens.values, empty.anchor_keys, fam)
+        extra = {name: chosen(fam, old) for name, old in before.extra.items()}
+        fam = chosen(fam, before.fam)
+        return LayerMemory(tokens.keys, tokens.values, before.anchor_keys, fam, extra=extra)
 
     # ---- no block is completed: the memory only fills up, and is itself what the queries see
 
@@ -90,7 +105,7 @@ class TokenPass:
                 [kept.values[:, :, :P], anchors.values, kept.values[:, :, P + A :]], dim=2
             )
             kept = KeyValue(self._with_anchors(kept.keys, anchors.keys, moved=False), values)
-        after = self._after(kept, anchors, before.fam)
+        after = self._after(kept, anchors, before.fam, before.extra)
         seen = kept.cut(P - plan.past_used, block + plan.own_used)
         if self.config.stop_gradient:
             seen = seen.map(lambda x: stop_gradient(x, plan.past_used + A))
@@ -111,22 +126,57 @@ class TokenPass:
     # ---- blocks are completed: advance FAM, and cut what the queries of each block see
 
     def _over_blocks(
-        self, before: LayerMemory, new: KeyValue, anchors: KeyValue
+        self,
+        before: LayerMemory,
+        new: KeyValue,
+        anchors: KeyValue,
+        query: Tensor,
+        style: AttentionStyle,
     ) -> tuple[KeyValue, LayerMemory]:
         P, A, kN = self.plan.past_length, self.anchors, self.fam_slots
         past, fams = before.tokens.cut(0, P), before.tokens.cut(P + A, P + A + kN)
         grid = before.tokens.cut(P + A + kN, None).zip(new, self._grid)
-        fam = before.fam
+        fam, extra = before.fam, before.extra
         if self.config.has_feedback:
-            recurrence = Recurrence(self.call, self.layer, self.reenter, grid)
+            recurrence = Recurrence(self.call, self.layer, self.reenter, grid, extra)
             fam, made = recurrence.run(fam)
-            fams = KeyValue.cat([fams, *made])
-        # Under full attention the past grows within the call: room for it on the left.
+            fams, extra = KeyValue.cat([fams, *made]), recurrence.extra
+            self._add_losses(recurrence.each, made, grid, query, style)
+        # Where everything is kept the past grows within the call: room for it on the left.
         past = past.map(lambda x: pad(x, (0, 0, self.plan.past_window - P, 0)))
         tokens = KeyValue.cat([past, grid])  # (R, Hk, past window + nb·B, D)
         seen = self._windows(tokens, fams, anchors)
-        after = self._carry(tokens, fams, anchors, fam) if self.call.keep else before
+        after = self._carry(tokens, fams, anchors, fam, extra) if self.call.keep else before
         return seen, after
+
+    def _add_losses(
+        self,
+        fams: Sequence[Tensor],
+        made: Sequence[KeyValue],
+        grid: KeyValue,
+        query: Tensor,
+        style: AttentionStyle,
+    ) -> None:
+        """Auxiliary losses (C.4, C.5) of the blocks that each row completes, if they are wanted."""
+        losses, plan, B = self.call.losses, self.plan, self.config.block_size
+        if losses is None or not fams:
+            return
+        finished = torch.tensor(plan.finished, device=query.device)
+        taken = self.call.index("queries taken", lambda: plan.query_columns[1], query)
+        taken = taken.unflatten(1, (plan.blocks, -1))
+        queries = self._to_grid(query)
+        total = torch.zeros((), device=query.device)
+        for j, (fam, keys) in enumerate(zip(fams, made, strict=True)):
+            found = torch.zeros_like(total)
+            if losses.diversity:
+                found = found + losses.diversity * diversity(fam)
+            if losses.reconstruction:
+                block = grid.cut(j * B, (j + 1) * B)
+                found = found + losses.reconstruction * reconstruction(
+                    queries[:, j], taken[:, j], keys, block, style, self.config.backend
+                )
+            total = total + torch.where(finished > j, found, 0)
+        losses.add(self.layer, total / finished.clamp(min=1))
 
     def _grid(self, block: Tensor, new: Tensor) -> Tensor:
         """(R, H, nb·B, D): the block being read and the new tokens, each in its slot."""
@@ -203,6 +253,19 @@ class TokenPass:
         places = places.clamp(max=nb * L - 1)[..., None, None].expand(len(out), -1, *out.shape[2:])
         return out.gather(1, places) * real
 
+    @property
+    def _queries_in_place(self) -> bool:
+        """Whether the new tokens are the grid of queries as they stand."""
+        return self.plan.whole_blocks or (self.plan.blocks == 1 and self.plan.valid is None)
+
+    def _query_grid(self, query: Tensor) -> Tensor:
+        """Queries (R, H, T, D) by blocks, (R, nb, H, L, D)."""
+        plan = self.plan
+        if not self._queries_in_place:
+            columns = self.call.index("query columns", lambda: plan.query_columns[0], query)
+            query = columns_of(query, columns)
+        return query.unflatten(2, (plan.blocks, plan.queries)).transpose(1, 2)
+
     def _mask(self, window: int | None, like: Tensor) -> AttentionMask:
         bias = self.plan.key_bias()
         seen = self.plan.visible(window).to(like.device)
@@ -244,7 +307,12 @@ class TokenPass:
     # ---- the memory after the call
 
     def _carry(
-        self, tokens: KeyValue, fams: KeyValue, anchors: KeyValue, fam: Tensor
+        self,
+        tokens: KeyValue,
+        fams: KeyValue,
+        anchors: KeyValue,
+        fam: Tensor,
+        extra: Mapping[str, Tensor],
     ) -> LayerMemory:
         """The state at the end of the call, relative to each row's new current block."""
         keys = self._kept(tokens.keys, fams.keys, anchors.keys)
@@ -252,11 +320,13 @@ class TokenPass:
             keys = rotate(keys, self._tables("moved", self.call.frame_shift, keys))
         keys = self._with_anchors(keys, anchors.keys, moved=True)
         values = self._kept(tokens.values, fams.values, anchors.values)
-        return self._after(KeyValue(keys, values), anchors, fam)
+        return self._after(KeyValue(keys, values), anchors, fam, extra)
 
-    def _after(self, tokens: KeyValue, anchors: KeyValue, fam: Tensor) -> LayerMemory:
+    def _after(
+        self, tokens: KeyValue, anchors: KeyValue, fam: Tensor, extra: Mapping[str, Tensor]
+    ) -> LayerMemory:
         owned = not torch.is_grad_enabled()
-        return LayerMemory(tokens.keys, tokens.values, anchors.keys, fam, owned=owned)
+        return LayerMemory(tokens.keys, tokens.values, anchors.keys, fam, extra=extra, owned=owned)
 
     def _kept(self, tokens: Tensor, fams: Tensor, anchors: Tensor) -> Tensor:
         """(R, Hk, W', D): the new [past | anchors | fams | block], not moved yet."""

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from transformerfam.attention import AttentionStyle
+from transformerfam.auxiliary import FeedbackLosses
 from transformerfam.config import FamConfig
 from transformerfam.layer_memory import LayerMemory
 from transformerfam.memory import Memory
@@ -38,11 +39,15 @@ class Call:
         plan: where the new tokens stand.
         before: each layer's memory before the call; None for a new stream.
         rotaries: each layer's rotary positions.
-        prompt: (N, d), the FAM input of layer 0 in block 0; None without feedback.
+        start: the trained start of FAM, None without feedback: the prompt (N, d), which is the FAM
+            input of layer 0 in block 0, or a prefix (layers · N, d).
         keep: whether the memories after the call are wanted.
-        passed_fams: each layer's F (R, N, d) to begin new streams with; None: they begin with none.
+        first_fams: each layer's F_{-1}, (R or 1, N, d), of the rows that begin with one; None: no
+            row does.
+        beginning: for each row whether it does.
         offset: position of the first token of each stream.
         gates: (layers, H), β of the compressive memory; None without.
+        losses: takes the auxiliary losses of the layers; None: they are not computed.
     """
 
     def __init__(
@@ -51,25 +56,30 @@ class Call:
         plan: CallPlan,
         before: list[LayerMemory | None],
         rotaries: tuple[Rotary, ...],
-        prompt: Tensor | None,
+        start: Tensor | None,
         keep: bool,
-        passed_fams: Sequence[Tensor] | None = None,
+        first_fams: Sequence[Tensor] | None = None,
+        beginning: tuple[bool, ...] = (),
         offset: float = 0.0,
         gates: Tensor | None = None,
+        losses: FeedbackLosses | None = None,
     ) -> None:
         self.config = config
         self.plan = plan
         self.before = before
         self.rotaries = rotaries
         self.keep = keep
-        self.passed_fams = passed_fams
+        self.start = start
+        self.first_fams = first_fams
+        self.beginning = beginning
         self.offset = offset
         self.gates = gates
+        self.losses = losses
         self.after: list[LayerMemory | None] = [None] * len(before)
         # rising[l]: the FAM input of layer l in block 0 (B.1), (R, N, d): the prompt rises once.
         self.rising: list[Tensor | None] = [None] * (len(before) + 1)
-        if prompt is not None:
-            self.rising[0] = prompt.expand(plan.rows, -1, -1)
+        if start is not None and config.fam_start == "prompt":
+            self.rising[0] = start.expand(plan.rows, -1, -1)
         self._cache: dict[Any, Any] = {}
 
     def commit(self, memory: Memory) -> None:
@@ -108,7 +118,7 @@ class Call:
     def frame_moves(self) -> bool:
         """Whether the frame follows the stream.
 
-        Under full attention it stands still at the start: keys that are kept for ever would be
+        Where everything is kept it stands still at the start: keys that are kept for ever would be
         rotated again at every block, and round each time.
         """
         return self.config.past_length is not None

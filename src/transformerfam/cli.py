@@ -32,6 +32,7 @@ _ORDER = (
     "eval",
     "plot",
     "info",
+    "variants",
     "masks",
     "demo",
     "bench",

@@ -5,14 +5,17 @@ Knows no torch. A `FamConfig` is a value: two that are equal describe the same c
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
-AttentionPattern = Literal["full", "swa", "bswa", "xl", "longformer"]
+from transformerfam.config_checks import check
+
+AttentionPattern = Literal["full", "swa", "bswa", "xl", "longformer", "bigbird", "sparse"]
 FamPosition = Literal["last", "float", "zero"]
 FamQueryPosition = Literal["same", "block_end"]
+FamStart = Literal["prompt", "prefix"]
+FamQuery = Literal["feedback", "static"]
 FirstResidual = Literal["zero", "prompt"]
 MemorySource = Literal["input", "output"]
 CompressiveMemory = Literal["none", "linear", "delta"]
@@ -24,6 +27,14 @@ ADDED_MODULES = ("fam_prompt", "memory_gates")
 
 # Fields that change speed, gradients or how a memory is looked at, but not how it is laid out.
 _NOT_PART_OF_A_MEMORY = ("backend", "stop_gradient", "fam_bias")
+
+# Fields that belong to some patterns alone, and what they are under the others.
+_OF_SOME_PATTERNS: dict[str, Any] = {
+    "window": None,
+    "global_positions": (),
+    "random_blocks": 0,
+    "summary_tokens": 0,
+}
 
 
 @dataclass(frozen=True)
@@ -43,11 +54,17 @@ class FamConfig:
             the first of the next; `zero`: always 0, the start of the stream.
         fam_query_position: `same`: a FAM query stands where the FAM key of the same row stands;
             `block_end`: where the FAM that it produces will stand.
+        fam_start: what a stream begins with. `prompt` (B.1): one prompt that rises through the layers
+            in block 0; `prefix`: a trainable F_{-1} of its own for every layer, which block 0 sees.
+        fam_query: where FAM queries come from. `feedback`: F_{τ-1}; `static` (SUM FAM): always the
+            layer's FAM input of block 0, and no residual copy, so that F is what attention found.
         first_residual: what is added to the attention of the very first update (B.1): the `prompt`
             row itself, or `zero`, as the paper has it.
         feedback_norm: what keeps the feedback loop bounded. `none` (the paper), `rms` (every FAM
-            row is rescaled to a root mean square of 1 after each update), or the largest root mean
-            square that a row may have: one number, or one for each slot.
+            row is rescaled to a root mean square of `feedback_rms` after each update), or the largest
+            root mean square that a row may have: one number, or one for each slot.
+        feedback_rms: what `rms` rescales to. The larger it is, the less an update changes F: it is
+            held longer, and written more slowly.
         previous_fams: how many past FAMs the block queries see (table 6).
         fam_bias: added to the scores with which tokens look at FAM. Training may begin with a very
             negative one, where the model is its own windows without feedback, and let it rise to 0.
@@ -55,10 +72,12 @@ class FamConfig:
         window: tokens seen by `swa`, `xl` and `longformer`; by default memory_segments * block_size.
         global_positions: positions that see all and are seen by all (`longformer` only). The
             memory grows to hold everything before the last of them.
+        random_blocks: r, earlier blocks drawn at random for each block (`bigbird` only).
+        summary_tokens: c, last tokens of every block that all later ones see (`sparse` only).
         sink_tokens: the first tokens of the stream that stay visible for ever, just before the
             window (attention sinks, StreamingLLM). Pretrained models read much better with them;
-            the paper has none. Always 0 under `full`, which sees all, and `longformer`, whose
-            globals are kept for ever instead.
+            the paper has none. Always 0 where everything is kept (`keeps_everything`), and under
+            `longformer`, whose globals are kept for ever instead.
         memory_source: what the keys and values of past blocks are projected from: a layer's `input`,
             or its `output` (feedback memory segments, FM in table 9): bswa without FAM.
         compressive_memory: a matrix for each head that sums up all past blocks (Infini-attention,
@@ -80,13 +99,18 @@ class FamConfig:
     fam_length: int = 64
     fam_position: FamPosition = "last"
     fam_query_position: FamQueryPosition = "same"
+    fam_start: FamStart = "prompt"
+    fam_query: FamQuery = "feedback"
     first_residual: FirstResidual = "prompt"
     feedback_norm: str | float | tuple[float, ...] = "none"
+    feedback_rms: float = 1.0
     previous_fams: int = 1
     fam_bias: float = 0.0
     attention: AttentionPattern = "bswa"
     window: int | None = None
     global_positions: tuple[int, ...] = ()
+    random_blocks: int = 0
+    summary_tokens: int = 0
     sink_tokens: int = 4
     memory_source: MemorySource = "input"
     compressive_memory: CompressiveMemory = "none"
@@ -99,14 +123,9 @@ class FamConfig:
         object.__setattr__(self, "global_positions", tuple(sorted(set(self.global_positions))))
         if isinstance(self.feedback_norm, (list, tuple)):
             object.__setattr__(self, "feedback_norm", tuple(float(c) for c in self.feedback_norm))
-        if self.attention in ("full", "longformer") or self.through_stack:
+        if self.keeps_everything or self.attention == "longformer" or self.through_stack:
             object.__setattr__(self, "sink_tokens", 0)
-        self._check_numbers()
-        self._check_choices()
-        self._check_pattern()
-        self._check_feedback()
-        self._check_variants()
-        self._check_recurrence()
+        check(self)
 
     # ---- geometry that follows from the fields
 
@@ -116,6 +135,11 @@ class FamConfig:
         return self.fam_length > 0
 
     @property
+    def keeps_everything(self) -> bool:
+        """Whether every past key may be seen again, so that the memory grows with the stream."""
+        return self.attention in ("full", "bigbird", "sparse")
+
+    @property
     def through_stack(self) -> bool:
         """Whether memory goes from the top layer of a block to the bottom layer of the next."""
         return self.recurrence != "layer"
@@ -123,7 +147,7 @@ class FamConfig:
     @property
     def window_length(self) -> int | None:
         """w, the window of `swa`, `xl` and `longformer` in tokens; None for the other patterns."""
-        if self.attention in ("full", "bswa"):
+        if self.keeps_everything or self.attention == "bswa":
             return None
         return self.memory_segments * self.block_size if self.window is None else self.window
 
@@ -131,7 +155,7 @@ class FamConfig:
     def past_length(self) -> int | None:
         """P, past tokens (a multiple of B) whose keys and values are kept; None: all of them."""
         B, w = self.block_size, self.window_length
-        if self.attention == "full":
+        if self.keeps_everything:
             return None
         if self.attention in ("bswa", "xl"):
             return self.memory_segments * B
@@ -156,9 +180,16 @@ class FamConfig:
     @property
     def extra_state(self) -> tuple[str, ...]:
         """Names of the tensors that each layer keeps beside keys, values and FAM."""
+        if self.is_static:
+            return ("fam_input",)
         if self.memory_source == "output":
             return ("output_keys", "output_values")
         return () if self.compressive_memory == "none" else ("compressed", "pending")
+
+    @property
+    def is_static(self) -> bool:
+        """Whether FAM queries are the same for all blocks (SUM FAM)."""
+        return self.has_feedback and self.fam_query == "static"
 
     @property
     def added_modules(self) -> tuple[str, ...]:
@@ -166,9 +197,13 @@ class FamConfig:
         used = (self.has_feedback, self.compressive_memory != "none")
         return tuple(name for name, is_used in zip(ADDED_MODULES, used, strict=True) if is_used)
 
+    def prompt_rows(self, layers: int) -> int:
+        """Rows of the trained start of FAM: N for a prompt, N for each layer for a prefix."""
+        return self.fam_length * (layers if self.fam_start == "prefix" else 1)
+
     def receptive_field(self, layers: int) -> int | None:
         """Depth times window, in tokens, without feedback (section 2); None: unlimited."""
-        if self.attention == "full":
+        if self.keeps_everything:
             return None
         window = self.window_length or (self.memory_segments + 1) * self.block_size
         return layers * window
@@ -184,18 +219,26 @@ class FamConfig:
         """A copy with some fields changed, checked anew."""
         return replace(self, **changes)
 
+    def changed(self, **changes: Any) -> FamConfig:
+        """As `replace`, but what would contradict the changes goes back to nothing.
+
+        Another pattern loses what only some patterns have; no feedback, what needs feedback.
+        """
+        dropped: dict[str, Any] = {}
+        if changes.get("attention", self.attention) != self.attention:
+            dropped.update(_OF_SOME_PATTERNS, memory_source="input", compressive_memory="none")
+        slots = changes.get("fam_length", self.fam_length)
+        if slots == 0:
+            dropped.update(feedback_norm="none", previous_fams=1, fam_bias=0.0, recurrence="layer")
+        elif slots != self.fam_length and isinstance(self.feedback_norm, tuple):
+            dropped.update(feedback_norm="none")
+        if {**dropped, **changes}.get("feedback_norm", self.feedback_norm) != "rms":
+            dropped.update(feedback_rms=1.0)
+        return replace(self, **{**dropped, **changes})
+
     def without_feedback(self) -> FamConfig:
         """The same windows with no memory besides: TransformerBSWA."""
-        return replace(
-            self,
-            fam_length=0,
-            previous_fams=1,
-            feedback_norm="none",
-            fam_bias=0.0,
-            memory_source="input",
-            compressive_memory="none",
-            recurrence="layer",
-        )
+        return self.changed(fam_length=0, memory_source="input", compressive_memory="none")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON."""
@@ -220,127 +263,3 @@ class FamConfig:
             if f.name not in _NOT_PART_OF_A_MEMORY
             and getattr(self, f.name) != getattr(other, f.name)
         ]
-
-    # ---- checks, each with the reason
-
-    def _check_numbers(self) -> None:
-        least = {
-            "block_size": 1,
-            "memory_segments": 0,
-            "fam_length": 0,
-            "previous_fams": 1,
-            "sink_tokens": 0,
-        }
-        for name, smallest in least.items():
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < smallest:
-                raise ValueError(
-                    f"{name} must be a whole number of at least {smallest}, not {value!r}."
-                )
-        if any(not isinstance(g, int) or g < 0 for g in self.global_positions):
-            raise ValueError("global_positions are positions in the stream: whole numbers from 0.")
-
-    def _check_choices(self) -> None:
-        choices = {
-            "fam_position": FamPosition,
-            "fam_query_position": FamQueryPosition,
-            "first_residual": FirstResidual,
-            "attention": AttentionPattern,
-            "memory_source": MemorySource,
-            "compressive_memory": CompressiveMemory,
-            "recurrence": Recurrence,
-            "backend": Backend,
-        }
-        for name, allowed in choices.items():
-            if getattr(self, name) not in get_args(allowed):
-                raise ValueError(
-                    f"{name} must be one of {', '.join(get_args(allowed))}, not {getattr(self, name)!r}."
-                )
-
-    def _check_pattern(self) -> None:
-        w = self.window_length
-        if w is None and self.window is not None:
-            raise ValueError(
-                f"attention={self.attention!r} has no window to set: bswa sees memory_segments whole "
-                "blocks and full sees everything. Leave window out, or use swa, xl or longformer."
-            )
-        if w is not None and w < 1:
-            raise ValueError(
-                f"attention={self.attention!r} needs a window of at least 1 token; set window, or "
-                "memory_segments to 1 or more."
-            )
-        held = (self.memory_segments + 1) * self.block_size
-        if self.attention == "xl" and w is not None and w > held:
-            raise ValueError(
-                f"The xl window of {w} tokens is longer than {self.memory_segments} memory segments "
-                f"and the present block, {held} tokens; raise memory_segments or lower window."
-            )
-        if (self.attention == "longformer") != bool(self.global_positions):
-            raise ValueError(
-                "global_positions belong to attention='longformer', which needs at least one."
-            )
-        if self.sink_tokens > self.block_size:
-            raise ValueError(
-                f"sink_tokens={self.sink_tokens} must fit into the first block; with "
-                f"block_size={self.block_size} set it to {self.block_size} or fewer."
-            )
-
-    def _check_feedback(self) -> None:
-        norm = self.feedback_norm
-        if isinstance(norm, str):
-            if norm not in ("none", "rms"):
-                raise ValueError(
-                    "feedback_norm must be 'none', 'rms', or the largest RMS of a row."
-                )
-        elif not (norm if isinstance(norm, tuple) else (norm,)) or any(
-            not c > 0 for c in (norm if isinstance(norm, tuple) else (norm,))
-        ):
-            raise ValueError("feedback_norm as a number is the largest RMS of a row: above 0.")
-        if isinstance(norm, tuple) and len(norm) != self.fam_length:
-            raise ValueError(
-                f"feedback_norm has {len(norm)} numbers for {self.fam_length} feedback slots; "
-                "give one for each, or a single number."
-            )
-        if not isinstance(self.fam_bias, (int, float)) or not math.isfinite(self.fam_bias):
-            raise ValueError(f"fam_bias must be a finite number, not {self.fam_bias!r}.")
-        if not self.has_feedback and (self.previous_fams > 1 or norm != "none" or self.fam_bias):
-            raise ValueError(
-                "previous_fams, feedback_norm and fam_bias need a feedback memory; set fam_length."
-            )
-        by_block = self.fam_position == "last" and not self.through_stack
-        if by_block and self.fam_length > self.block_size:
-            raise ValueError(
-                "fam_position='last' gives FAM the last fam_length positions of a block, so "
-                "fam_length can be at most block_size."
-            )
-
-    def _check_variants(self) -> None:
-        outputs, compressive = self.memory_source == "output", self.compressive_memory != "none"
-        if outputs and compressive:
-            raise ValueError(
-                "memory_source='output' and compressive_memory are two memories of past blocks; "
-                "choose one."
-            )
-        name = "memory_source='output'" if outputs else "compressive_memory"
-        if (outputs or compressive) and self.has_feedback:
-            raise ValueError(f"{name} stands in the place of FAM; set fam_length to 0.")
-        if (outputs or compressive) and self.attention != "bswa":
-            raise ValueError(f"{name} works on whole blocks: it needs attention='bswa'.")
-        if outputs and not self.memory_segments:
-            raise ValueError(f"{name} needs past blocks to see; set memory_segments to 1 or more.")
-
-    def _check_recurrence(self) -> None:
-        if not self.through_stack:
-            return
-        name = f"recurrence={self.recurrence!r}"
-        if not self.has_feedback:
-            raise ValueError(f"{name} needs memory tokens; set fam_length to 1 or more.")
-        if self.memory_segments or self.attention != "bswa":
-            raise ValueError(
-                f"Under {name} blocks see each other through memory tokens alone; set "
-                "memory_segments=0 and attention='bswa'."
-            )
-        if self.previous_fams > 1 or self.feedback_norm != "none":
-            raise ValueError(
-                f"previous_fams and feedback_norm do nothing under {name}; leave them out."
-            )

@@ -18,16 +18,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from transformerfam.auto import FamFamilyConfig, register_family
 from transformerfam.config import FamConfig
-from transformerfam.modeling import (
-    FamForCausalLM,
-    add_gates,
-    add_prompt,
-    all_or_nothing,
-    decoder_of,
-    install,
-    layers_of,
-    uninstall,
-)
+from transformerfam.modeling import FamForCausalLM, all_or_nothing, install, uninstall
+from transformerfam.modules import add_gates, add_prompt, decoder_of, layers_of
 from transformerfam.probe import UnsupportedModelError, run_probe
 
 PromptStart = Literal["start", "vocabulary"]
@@ -52,8 +44,8 @@ def convert(
 
     Returns:
         `model`, now with `model.fam_config`. Its only new parameter is the `fam_prompt` of its
-        decoder, (N, d), in the scale that the first layer reads (B.1); with a compressive memory,
-        its `memory_gates`, (layers, H).
+        decoder, (N, d), in the scale that the first layer reads (B.1), or (layers · N, d) if streams
+        begin with a prefix for each layer; with a compressive memory, its `memory_gates`, (layers, H).
 
     Raises:
         UnsupportedModelError: if the model cannot be converted; it is left as it was.
@@ -179,8 +171,8 @@ def reconfigure(
         return convert(model, config, prompt=prompt, seed=seed)
     decoder = decoder_of(model)
     model.config.fam = config.to_dict()
-    kept = decoder._modules.get("fam_prompt")
-    if config.has_feedback and (kept is None or kept.weight.shape[0] != config.fam_length):
+    kept, rows = decoder._modules.get("fam_prompt"), config.prompt_rows(len(layers_of(decoder)))
+    if config.has_feedback and (kept is None or kept.weight.shape[0] != rows):
         add_prompt(model)
         initialise_prompt(model, prompt, seed)
     add_gates(model)
@@ -202,7 +194,8 @@ def is_transformerfam(model: object) -> bool:
 def initialise_prompt(model: PreTrainedModel, prompt: PromptStart = "start", seed: int = 0) -> None:
     """Set the rows of the FAM prompt to what the first layer reads for tokens of the vocabulary.
 
-    Going through the model brings in whatever scale its family gives to embeddings.
+    Going through the model brings in whatever scale its family gives to embeddings. A prefix gets for
+    each layer what that layer would read, if none below it looked at other tokens.
 
     Args:
         model: a TransformerFAM.
@@ -222,10 +215,11 @@ def initialise_prompt(model: PreTrainedModel, prompt: PromptStart = "start", see
     if start is not None:
         tokens = torch.cat([tokens, torch.tensor([start])])
     probe = run_probe(decoder, tokens, torch.zeros(len(tokens), dtype=torch.long))
-    rows = probe.inputs[0][0]
+    layers = len(probe.inputs) if decoder.fam_config.fam_start == "prefix" else 1
+    rows = torch.cat([probe.inputs[layer] for layer in range(layers)])  # (layers, tokens, d)
     if start is not None:
-        rows = rows[-1] + _PART_OF_OTHERS * rows[:-1]
-    decoder.fam_prompt.weight.copy_(rows)
+        rows = rows[:, -1:] + _PART_OF_OTHERS * rows[:, :-1]
+    decoder.fam_prompt.weight.copy_(rows.flatten(0, 1))
 
 
 def _start_token(model: PreTrainedModel) -> int | None:

@@ -1,4 +1,4 @@
-"""What reading costs, in floating-point operations, counted from the geometry alone.
+"""What reading costs, in operations and in bytes of state, counted from the geometry alone.
 
 For a stream of L tokens, with B, M, N as in the paper and Lᶠ = ⌊L / B⌋ finished blocks:
 
@@ -21,6 +21,7 @@ others: those in front of every block and the N behind every finished one. Knows
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -40,12 +41,39 @@ class ModelShape:
         layer_weights: P_layers, weights of all layers that multiply a token.
         head_weights: V · d of the output layer.
         attention_width: H · D, query heads times their dimension.
+        key_value_width: Hk · D, key-value heads times their dimension.
+        hidden_size: d.
+        head_size: D.
     """
 
     layers: int
     layer_weights: int
     head_weights: int
     attention_width: int
+    key_value_width: int
+    hidden_size: int
+    head_size: int
+
+
+# SmolLM2-135M: 30 layers, 9 heads of 64 that share 3 key-value heads, feed-forwards of 1536.
+SMOLLM2 = ModelShape(
+    layers=30,
+    layer_weights=30 * (2 * 576 * 576 + 2 * 576 * 192 + 3 * 576 * 1536),
+    head_weights=49152 * 576,
+    attention_width=576,
+    key_value_width=192,
+    hidden_size=576,
+    head_size=64,
+)
+
+# Numbers in each tensor that a variant keeps in a layer, by its name in `FamConfig.extra_state`.
+_EXTRA: dict[str, Callable[[FamConfig, ModelShape], int]] = {
+    "fam_input": lambda config, shape: config.fam_length * shape.hidden_size,
+    "output_keys": lambda config, shape: config.block_size * shape.key_value_width,
+    "output_values": lambda config, shape: config.block_size * shape.key_value_width,
+    "compressed": lambda config, shape: shape.key_value_width * (shape.head_size + 1),
+    "pending": lambda config, shape: shape.key_value_width * (shape.head_size + 1),
+}
 
 
 def keys_per_query(config: FamConfig, positions: Counts) -> Counts:
@@ -69,11 +97,42 @@ def _window_keys(config: FamConfig, t: Counts) -> Counts:
     B, M, w = config.block_size, config.memory_segments, config.window_length
     if config.attention == "full":
         return t + 1
-    bswa = t + 1 - np.maximum(0, t // B - M) * B
+    behind = np.maximum(0, t // B - M)  # blocks that have left the window
+    bswa = t + 1 - behind * B
+    if config.attention == "bigbird":
+        return bswa + B * np.minimum(behind, config.random_blocks + 1)
+    if config.attention == "sparse":
+        return bswa + config.summary_tokens * behind
     if w is None:
         return bswa
     swa = np.minimum(t + 1, w)
     return np.minimum(bswa, swa) if config.attention == "xl" else swa
+
+
+def state_bytes(config: FamConfig, shape: ModelShape, length: int, number_bytes: int = 4) -> int:
+    """Bytes that one stream carries after `length` tokens; what `Memory.nbytes` is then.
+
+    In each layer keys and values of W = P + A + k·N + B slots, keys of A anchors as they came, F, and
+    what a variant keeps beside these. Where all is kept, P are the finished blocks.
+    """
+    if config.through_stack:
+        return _stack_state(config, shape, length) * number_bytes
+    B, anchors = config.block_size, len(config.anchor_positions)
+    slots = config.slots
+    if slots is None:
+        slots = length // B * B + config.previous_fams * config.fam_length + B
+    numbers = (2 * slots + anchors) * shape.key_value_width + config.fam_length * shape.hidden_size
+    numbers += sum(_EXTRA[name](config, shape) for name in config.extra_state)
+    return shape.layers * numbers * number_bytes
+
+
+def _stack_state(config: FamConfig, shape: ModelShape, length: int) -> int:
+    """Numbers of state where memory runs through the stack: memory rows, keys of the open block."""
+    block, read = divmod(length, config.block_size)
+    written = config.fam_length * (min(block, 1) if config.recurrence == "rmt" else block)
+    front = config.fam_length if config.recurrence == "rmt" else written
+    keys = 2 * (front + read) * shape.key_value_width * (read > 0)
+    return written * shape.hidden_size + shape.layers * keys
 
 
 def flops(config: FamConfig, shape: ModelShape, length: int) -> int:

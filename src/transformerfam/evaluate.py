@@ -72,13 +72,13 @@ def readers(model: Any, names: Sequence[str], *, full_limit: int | None) -> list
         UserError: for another name.
     """
     windows = model.fam_config.without_feedback()
-    if windows.attention == "full":
-        windows = windows.replace(attention="bswa")
+    if windows.keeps_everything:
+        windows = windows.changed(attention="bswa")
     sinks = windows.sink_tokens or min(_SINKS, windows.block_size)
     configs = {
         "bswa": windows.replace(sink_tokens=0),
         "sinks": windows.replace(sink_tokens=sinks),
-        "full": windows.replace(attention="full", window=None, global_positions=()),
+        "full": windows.changed(attention="full"),
     }
     trained_for = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     found = []

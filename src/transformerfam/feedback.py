@@ -7,6 +7,7 @@ FAM, and no family code of its own.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
 
 import torch
@@ -28,15 +29,30 @@ class Recurrence:
         layer: index of the layer.
         reenter: runs rows through the layer.
         blocks: keys and values of the call's tokens, (R, Hk, nb·B, D), in the frame of the call.
+        extra: what the layer kept, see `FamConfig.extra_state`; after `run` what it is to keep.
+
+    Attributes:
+        each: F (R, N, d) after block j = 0, 1, .. of the call, if auxiliary losses want them; a row
+            that does not complete block j has an older one there.
     """
 
-    def __init__(self, call: Call, layer: int, reenter: Reenter, blocks: KeyValue) -> None:
+    def __init__(
+        self,
+        call: Call,
+        layer: int,
+        reenter: Reenter,
+        blocks: KeyValue,
+        extra: Mapping[str, Tensor],
+    ) -> None:
         self.call = call
         self.layer = layer
         self.reenter = reenter
         self.blocks = blocks
+        self.extra = dict(extra)
+        self.each: list[Tensor] = []
         self.config = call.config
         self.plan = call.plan
+        self.is_static = self.config.fam_query == "static"
 
     def run(self, fam: Tensor) -> tuple[Tensor, list[KeyValue]]:
         """Advance F (R, N, d).
@@ -54,6 +70,8 @@ class Recurrence:
                 # This update projected the F that the one before it made.
                 made.append(own.map(partial(put, rows=rows, count=self.plan.rows)))
             fam = merge(fam, rows, updated)
+            if self.call.losses is not None:
+                self.each.append(fam)
         if max(finished):
             self._project_last(fam, made)
         return fam, made
@@ -80,6 +98,12 @@ class Recurrence:
 
     def _next_update(self, fam: Tensor, j: int, rows: Tensor | None) -> tuple[Tensor, KeyValue]:
         compress = self._fam_pass(j, rows)
+        if self.is_static:
+            # SUM FAM: only keys and values are F's, and nothing of F is copied.
+            query, _, _ = projections(self.reenter, take(self.extra["fam_input"], rows))
+            _, key, value = projections(self.reenter, fam)
+            compress.given = query, key, value
+            fam = torch.zeros_like(fam)
         return self._bounded(self.reenter(fam, compress)), compress.own
 
     def _first_update(self, j: int, rows: Tensor | None) -> tuple[Tensor, KeyValue]:
@@ -89,7 +113,9 @@ class Recurrence:
         # A model may be split over devices between two layers.
         risen = take(risen, rows).to(self.blocks.keys.device)
         compress = self._fam_pass(j, rows)
-        if self.config.first_residual == "zero":
+        if self.is_static:
+            self.extra["fam_input"] = merge(self.extra["fam_input"], rows, risen)
+        if self.is_static or self.config.first_residual == "zero":
             # Af = attention: the layer gets zeros for its residual, and attention the queries, keys
             # and values of the prompt.
             compress.given = projections(self.reenter, risen)
@@ -131,7 +157,7 @@ class Recurrence:
         wide = fam.to(torch.promote_types(fam.dtype, torch.float32))
         rms = wide.pow(2).mean(-1, keepdim=True).add(1e-6).sqrt()
         if norm == "rms":
-            return (wide / rms).to(fam.dtype)
+            return (wide * (self.config.feedback_rms / rms)).to(fam.dtype)
         cap = torch.as_tensor(norm, dtype=wide.dtype, device=fam.device).reshape(-1, 1)
         return (wide * (cap / rms).clamp(max=1.0)).to(fam.dtype)
 

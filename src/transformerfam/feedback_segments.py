@@ -58,8 +58,8 @@ class FeedbackSegmentsPass(TokenPass):
             self.call.after[self.layer] = self._state(KeyValue.cat(segments), own, anchors, before)
         return self._from_grid(torch.stack(read, 1))
 
-    def _begin(self, new: KeyValue) -> LayerMemory:
-        empty = super()._begin(new)
+    def _empty(self, new: KeyValue) -> LayerMemory:
+        empty = super()._empty(new)
         B = self.config.block_size
         keys, values = (x.new_zeros(*x.shape[:2], B, x.shape[3]) for x in (new.keys, new.values))
         return replace(empty, extra={"output_keys": keys, "output_values": values})
@@ -142,4 +142,4 @@ class FeedbackSegmentsPass(TokenPass):
         values = kept(segments.values, own.values, anchors.values)
         slots = KeyValue(self._with_anchors(keys[:, :, :-B], anchors.keys, True), values[:, :, :-B])
         extra = {"output_keys": keys[:, :, -B:], "output_values": values[:, :, -B:]}
-        return replace(self._after(slots, anchors, before.fam), extra=extra)
+        return self._after(slots, anchors, before.fam, extra)

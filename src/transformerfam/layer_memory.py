@@ -71,19 +71,16 @@ class LayerMemory:
     def empty(cls, config: FamConfig, key: Tensor, value: Tensor, hidden: Tensor) -> LayerMemory:
         """A layer that has read nothing, of the shapes and types of its key, value and input."""
         rows, heads, _, features = key.shape
-        # Full attention starts with no past and grows by whole blocks.
-        slots = (
-            config.replace(memory_segments=0, attention="bswa").slots
-            if config.slots is None
-            else config.slots
-        )
-        assert slots is not None
+        # Where everything is kept the past starts empty and grows by whole blocks; no anchors.
+        slots = config.slots or config.previous_fams * config.fam_length + config.block_size
         anchors = len(config.anchor_positions)
+        fam = hidden.new_zeros(rows, config.fam_length, hidden.shape[-1])
         return cls(
             keys=key.new_zeros(rows, heads, slots, features),
             values=value.new_zeros(rows, heads, slots, value.shape[-1]),
             anchor_keys=key.new_zeros(rows, heads, anchors, features),
-            fam=hidden.new_zeros(rows, config.fam_length, hidden.shape[-1]),
+            fam=fam,
+            extra={"fam_input": torch.zeros_like(fam)} if config.is_static else {},
             owned=not torch.is_grad_enabled(),
         )
 

@@ -32,6 +32,70 @@ def block_sliding_window(block_size: int, memory_segments: int) -> Predicate:
     )
 
 
+def big_bird(block_size: int, memory_segments: int, random_blocks: int) -> Predicate:
+    """BigBird (arXiv 2007.14062, its blocks, causal): window, first block, r random earlier blocks.
+
+    For a query of block τ and a key of block b, up to the query:
+
+        b ≥ τ - M,  or  b = 0,  or  b among R(τ)
+
+    R(τ) are r different blocks of 1 .. τ - M - 1 (all of them while they are no more than r), drawn
+    once and for all: a function of τ alone, the same in every layer, head and call. The first block
+    is the global one; that its tokens see all is nothing new for a causal model.
+    """
+    bswa = block_sliding_window(block_size, memory_segments)
+
+    def sees(query: Any, key: Any) -> Any:
+        block, of_key = query // block_size, key // block_size
+        candidates = block - memory_segments - 1
+        drawn = (candidates <= random_blocks) & (of_key <= candidates)
+        for chosen in _drawn_blocks(block, candidates, random_blocks):
+            drawn = drawn | ((of_key == chosen) & (candidates > random_blocks))
+        return bswa(query, key) | ((key <= query) & ((of_key == 0) | drawn))
+
+    return sees
+
+
+def _drawn_blocks(block: Any, candidates: Any, count: int) -> list[Any]:
+    """`count` different numbers of 1 .. candidates for each block, by Floyd's algorithm."""
+    chosen: list[Any] = []
+    for i in range(count):
+        last = candidates - count + i + 1
+        last = last + (1 - last) * (last < 1)  # fewer candidates than draws: of no account
+        draw = 1 + _hash(block * count + i) % last
+        taken = block < 0
+        for before in chosen:
+            taken = taken | (draw == before)
+        chosen.append(draw + (last - draw) * taken)
+    return chosen
+
+
+def _hash(x: Any) -> Any:
+    """Whole numbers scattered over 0 .. 2³¹ - 2, alike for Python, NumPy and torch."""
+    prime = 2**31 - 1
+    x = x % prime
+    for key in (1_202_590_843, 715_225_739, 1_884_310_127):
+        x = (x + key) % prime
+        square = x * x % prime  # below 2⁶²: no type overflows
+        x = square * square % prime * x % prime  # the fifth power is a permutation
+    return x
+
+
+def sparse_fixed(block_size: int, memory_segments: int, summary_tokens: int) -> Predicate:
+    """Sparse Transformer (arXiv 1904.10509), its `fixed` pattern, both parts in every head.
+
+    With stride l = B, for s up to t:
+
+        ⌊s / B⌋ ≥ ⌊t / B⌋ - M,  or  s mod B ≥ B - c
+
+    M = 0 is the paper's: the own block, and the last c places of every block before.
+    """
+    bswa = block_sliding_window(block_size, memory_segments)
+    return lambda query, key: (
+        bswa(query, key) | ((key <= query) & (key % block_size >= block_size - summary_tokens))
+    )
+
+
 def is_global(positions: Iterable[int], position: Any) -> Any:
     """Whether a position is one of Longformer's global ones."""
     found = position < 0
@@ -47,6 +111,10 @@ def token_sees_token(config: FamConfig) -> Predicate:
         return causal
     if config.attention == "bswa":
         return block_sliding_window(B, M)
+    if config.attention == "bigbird":
+        return big_bird(B, M, config.random_blocks)
+    if config.attention == "sparse":
+        return sparse_fixed(B, M, config.summary_tokens)
     assert w is not None
     swa = sliding_window(w)
     if config.attention == "swa":

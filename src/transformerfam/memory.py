@@ -99,8 +99,13 @@ class Memory(Cache):
         return [None if layer is None else layer.fam for layer in self.layers_memory]
 
     @property
+    def untouched(self) -> tuple[bool, ...]:
+        """For each row whether it has read nothing and was passed nothing."""
+        return tuple(not p and not was for p, was in zip(self.position, self.passed, strict=True))
+
+    @property
     def past_length(self) -> int:
-        """P, kept past in tokens; grows only under full attention."""
+        """P, kept past in tokens; grows only where everything is kept."""
         if self.config.past_length is not None:
             return self.config.past_length
         first = self.layers_memory[0]
@@ -149,6 +154,11 @@ class Memory(Cache):
             )
         if any(self.position):
             raise ValueError("Only a stream that has read nothing can begin with a FAM.")
+        if self.config.fam_query == "static":
+            raise ValueError(
+                "With fam_query='static' a stream needs the prompt that rose through its own first "
+                "block; it cannot begin with the FAM of another."
+            )
         N = self.config.fam_length
         fits = [f.dim() == 3 and f.shape[0] in (1, self.rows) and f.shape[1] == N for f in fams]
         if not N or len(fams) != len(self) or not all(fits):
@@ -275,7 +285,7 @@ class Memory(Cache):
     @property
     def is_sliding(self) -> list[bool]:
         """For each layer whether it forgets."""
-        return [self.config.attention != "full"] * len(self.layers_memory)
+        return [not self.config.keeps_everything] * len(self.layers_memory)
 
     @property
     def batch_size(self) -> int:

@@ -7,30 +7,27 @@ Each class here is mixed in before the family's own class of the same part. The 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import wraps
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.generation import GenerationMixin
 from transformers.modeling_outputs import ModelOutput
 
+from transformerfam.auxiliary import FeedbackLosses
 from transformerfam.call import Call
 from transformerfam.config import ADDED_MODULES, FamConfig
 from transformerfam.layer import ATTENTION_NAME, FamLayer, Picklable, mixed
 from transformerfam.memory import Memory
+from transformerfam.modules import add_gates, add_prompt, decoder_of, layers_of
 from transformerfam.plan import CallPlan
 from transformerfam.probe import find_rotaries
 from transformerfam.recurrent import SegmentCall, Segments
 from transformerfam.rotary import Rotary
-
-# β of the compressive memory at the start: sigmoid(-6) = 0.0025 of what a head reads is from it. What
-# an untrained memory gives back is an average over all of the past, and does harm; a gate that is
-# wholly shut would get no gradient.
-_GATE_START = -6.0
 
 # ---- the decoder
 
@@ -68,6 +65,7 @@ class FamDecoder(Picklable):
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         return_dict: bool | None = None,
+        fam_losses: FeedbackLosses | None = None,
         **kwargs: Any,
     ) -> ModelOutput | tuple[Any, ...]:
         """Read new tokens, layer-major over all blocks of the call (section 3, docs/method.md).
@@ -79,6 +77,7 @@ class FamDecoder(Picklable):
             position_ids: ignored; where a token stands follows from the memory.
             past_key_values: the streams' memory, advanced in place once the call has succeeded.
             use_cache: whether to make a memory if none is given.
+            fam_losses: takes the auxiliary losses of the call.
         """
         inputs = input_ids if inputs_embeds is None else inputs_embeds
         if inputs is None or inputs.shape[1] == 0:
@@ -94,7 +93,7 @@ class FamDecoder(Picklable):
         if config.through_stack:
             output = self._by_segments(config, memory, inputs, attention_mask, **kwargs)
             return output if return_dict is not False else output.to_tuple()
-        call = self._call(config, memory, inputs, attention_mask)
+        call = self._call(config, memory, inputs, attention_mask, fam_losses)
         output = self.plain_forward(
             input_ids=input_ids if inputs_embeds is None else None,
             inputs_embeds=inputs_embeds,
@@ -105,7 +104,7 @@ class FamDecoder(Picklable):
         )
         if memory is not None:
             call.commit(memory)
-        for added in (call.rising[0], call.gates) if self.training else ():
+        for added in (call.start, call.gates) if self.training else ():
             # No block 0 in this call, no use of the prompt: but wrappers that train in parallel wait
             # for a gradient of every parameter from every process.
             if added is not None:
@@ -119,6 +118,7 @@ class FamDecoder(Picklable):
         memory: Memory | None,
         inputs: Tensor,
         attention_mask: Tensor | None,
+        losses: FeedbackLosses | None,
     ) -> Call:
         rows, columns = inputs.shape[:2]
         state = Memory(config, rows, len(layers_of(self))) if memory is None else memory
@@ -128,9 +128,15 @@ class FamDecoder(Picklable):
             columns=columns,
             valid=_valid_columns(attention_mask, rows, columns),
             past_length=state.past_length,
-            passed=state.passed,
+            passed=(True,) * rows if config.fam_start == "prefix" else state.passed,
         )
-        prompt = self._prompt(inputs.device) if config.has_feedback else None
+        start, beginning = None, state.passed
+        first_fams: Sequence[Tensor] | None = state.passed_fams
+        if config.has_feedback:
+            start = self._prompt(inputs.device)
+            if config.fam_start == "prefix" and first_fams is None:
+                beginning = state.untouched
+                first_fams = start.view(len(layers_of(self)), 1, config.fam_length, -1).unbind()
         gates = None
         if config.compressive_memory != "none":
             gates = self._added("memory_gates", len(layers_of(self)), inputs.device)
@@ -139,11 +145,13 @@ class FamDecoder(Picklable):
             plan,
             list(state.layers_memory),
             self.rotaries(),
-            prompt,
+            start,
             keep=memory is not None,
-            passed_fams=state.passed_fams,
+            first_fams=first_fams if any(beginning) else None,
+            beginning=beginning,
             offset=state.offset,
             gates=gates,
+            losses=losses,
         )
 
     def _added(self, name: str, rows: int, device: torch.device) -> Tensor:
@@ -152,8 +160,9 @@ class FamDecoder(Picklable):
         return weight
 
     def _prompt(self, device: torch.device) -> Tensor:
-        """(N, d), in the type of the embeddings."""
-        prompt = self._added("fam_prompt", self.fam_config.fam_length, device)
+        """(N, d), or of a prefix (layers · N, d), in the type of the embeddings."""
+        rows = self.fam_config.prompt_rows(len(layers_of(self)))
+        prompt = self._added("fam_prompt", rows, device)
         # While it is trained it may be kept wider than the weights that read it.
         return prompt.to(self.get_input_embeddings().weight.dtype)  # type: ignore[attr-defined]
 
@@ -379,48 +388,3 @@ def uninstall(model: PreTrainedModel, model_class: type) -> None:
         decoder._modules.pop(name, None)
     decoder.__dict__.pop("_fam_rotaries", None)
     model.__class__ = model_class
-
-
-def add_prompt(model: PreTrainedModel) -> None:
-    """Add a FAM prompt of the configured length to the decoder, with random values."""
-    decoder = decoder_of(model)
-    length = decoder.fam_config.fam_length
-    if not length:
-        return
-    prompt = _rows_beside_the_embeddings(decoder, length, model.config.hidden_size)
-    if not prompt.weight.is_meta:
-        nn.init.normal_(prompt.weight, std=getattr(model.config, "initializer_range", 0.02))
-    decoder.fam_prompt = prompt
-
-
-def add_gates(model: PreTrainedModel) -> None:
-    """Add the gates of a compressive memory to the decoder, nearly shut, unless they are there."""
-    decoder = decoder_of(model)
-    if decoder.fam_config.compressive_memory == "none" or "memory_gates" in decoder._modules:
-        return
-    heads = model.config.num_attention_heads
-    gates = _rows_beside_the_embeddings(decoder, len(layers_of(decoder)), heads)
-    if not gates.weight.is_meta:
-        nn.init.constant_(gates.weight, _GATE_START)
-    decoder.memory_gates = gates
-
-
-def _rows_beside_the_embeddings(decoder: Any, rows: int, width: int) -> nn.Embedding:
-    """A module, which is what PEFT can save, of the type and on the device of the embeddings."""
-    weight = decoder.get_input_embeddings().weight
-    dtype = weight.dtype if weight.is_floating_point() else torch.get_default_dtype()
-    return nn.Embedding(rows, width, device=weight.device, dtype=dtype)
-
-
-# ---- finding our way in a model
-
-
-def decoder_of(model: PreTrainedModel) -> Any:
-    """The decoder of a causal language model."""
-    return model.get_decoder()
-
-
-def layers_of(decoder: Any) -> list[nn.Module]:
-    """The decoder's layers, bottom first."""
-    layers = getattr(decoder, "layers", None)
-    return [] if layers is None else list(layers)

@@ -35,6 +35,7 @@ __all__ = [
     "load",
     "put_adapter",
     "reading_config",
+    "skeleton",
 ]
 
 # Beside the weights of an adapter: the geometry that it was trained with.
@@ -91,19 +92,42 @@ def load(
     if adapter is not None:
         adapter = _adapter_folder(adapter)
         config = config or _adapter_config(adapter)
-    stored_slots = model.fam_config.fam_length if is_transformerfam(model) else 0
+    stored = model.fam_config if is_transformerfam(model) else FamConfig(fam_length=0)
     if not is_transformerfam(model):
         model = convert(model, config or reading_config())
     elif config is not None:
         model = reconfigure(model, config)
-    slots = model.fam_config.fam_length
+    new = model.fam_config
     # A stored prompt of another length is not used: the model got a fresh one.
-    trained = slots > 0 and slots == stored_slots
+    alike = (new.fam_length, new.fam_start) == (stored.fam_length, stored.fam_start)
+    trained = new.has_feedback and alike
     if adapter is not None:
-        trained = trained or (slots > 0 and _has_prompt(adapter))
+        trained = trained or (new.has_feedback and _has_prompt(adapter))
         model = put_adapter(model, adapter).merge_and_unload()
     model.fam_trained = trained
     return model.to(device).eval(), tokenizer
+
+
+def skeleton(name: str) -> Any:
+    """A model without its weights (on the device `meta`), from what its configuration says.
+
+    Raises:
+        ModelError: if there is no such model.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from transformerfam.auto import register
+
+    register()
+    if name.endswith(".gguf"):
+        return _load_stored(name, "auto")[0]
+    if name == EMBEDDED:
+        name = str(embedded_folder())
+    elif not Path(name).is_dir():
+        name = _fetched_before(name, "config.json") or name
+    with quiet(), torch.device("meta"):
+        return AutoModelForCausalLM.from_config(_stored_config(name))
 
 
 # ---- models as they are stored
@@ -133,18 +157,11 @@ def _from_pretrained(
     name: str, dtype: Any, *, download: bool = False
 ) -> tuple[Any, PreTrainedTokenizerBase]:
     """A model of transformers and its tokenizer, from a folder or from the hub."""
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     # The bars of a download are worth seeing, on a terminal; those of loading a file are not.
     with nullcontext() if download and sys.stderr.isatty() else quiet():
-        try:
-            config = AutoConfig.from_pretrained(name)
-        except Exception as error:  # one sentence for whatever a strange config.json brings about
-            raise ModelError(
-                f"transformers does not understand the config.json of {name} "
-                f"({first_sentence(error)})."
-            ) from error
-        _check_causal(name, config)
+        _stored_config(name)
         try:
             tokenizer = AutoTokenizer.from_pretrained(name)
         except Exception as error:  # missing and damaged tokenizers raise many kinds of errors
@@ -164,6 +181,20 @@ def _from_pretrained(
         # transformers would go on with random numbers in their place.
         raise ModelError(f"{name} lacks {len(missing)} of its weights, among them {missing[0]}.")
     return model, tokenizer
+
+
+def _stored_config(name: str) -> Any:
+    """The configuration of a causal language model, from a folder or from the hub."""
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(name)
+    except Exception as error:  # one sentence for whatever a strange config.json brings about
+        raise ModelError(
+            f"transformers does not understand the config.json of {name} ({first_sentence(error)})."
+        ) from error
+    _check_causal(name, config)
+    return config
 
 
 def _check_causal(name: str, config: Any) -> None:

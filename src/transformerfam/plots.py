@@ -33,7 +33,7 @@ _COLOURS = ("#f0f0f0", "#0072b2", "#7cc4ee", "#d55e00", "#f0b429", "#009e73", "#
 _MEANINGS = (
     "not seen",
     "a token sees its own block (1a: its window)",
-    "a token sees a memory segment",
+    "a token sees a token of an earlier block",
     "a token sees a sink",
     "a token sees the FAM of the block before",
     "a FAM query sees the block that it compresses",
@@ -79,7 +79,7 @@ class Curve:
 
 
 def draw_masks(path: str | PathLike[str], *, sink_tokens: int = 0) -> None:
-    """Draw figures 1a to 1d, 2a and 2b of the paper into one file.
+    """Draw figures 1a to 1d, 2a and 2b of the paper, and patterns of others, into one file.
 
     The paper draws figure 2 with arrows. Here it is a mask over a stream of four blocks, with FAM
     among the tokens where a layer reads it.
@@ -93,8 +93,8 @@ def draw_masks(path: str | PathLike[str], *, sink_tokens: int = 0) -> None:
         ValueError: for more sinks than a block of figure 2 holds.
         MissingExtraError: if matplotlib is not installed.
     """
-    figure = _figure(path, 15, 11)
-    (a, b, c), (d, e, f) = figure.subplots(2, 3)
+    figure = _figure(path, 15, 16)
+    (a, b, c), (d, e, f), others = figure.subplots(3, 3)
     bswa = FamConfig.paper(block_size=2, memory_segments=1, fam_length=0)
     swa = bswa.replace(attention="swa", window=3)
     fam = FamConfig.paper(block_size=4, memory_segments=2, fam_length=2, sink_tokens=sink_tokens)
@@ -110,8 +110,26 @@ def draw_masks(path: str | PathLike[str], *, sink_tokens: int = 0) -> None:
     _draw_mask(e, plain, "2a", "TransformerBSWA", f"B = 4, M = 2{sinks}")
     setting = f"B = 4, M = 2, N = 2{sinks}; F₋₁ is the prompt"
     _draw_mask(f, mask_of(fam, 4), "2b", "TransformerFAM", setting)
+    for axes, (title, setting, config) in zip(others, _patterns_of_others(), strict=True):
+        _draw_mask(axes, mask_of(config, 8), "", title, setting)
     _draw_legend(figure, [role for role in range(7) if sink_tokens or role != SINK])
     _write(figure, path)
+
+
+def _patterns_of_others() -> list[tuple[str, str, FamConfig]]:
+    """Title, setting and geometry of the third row."""
+    xl = FamConfig.paper(block_size=2, memory_segments=1, fam_length=0, attention="xl")
+    bigbird = FamConfig.paper(
+        block_size=2, memory_segments=1, fam_length=0, attention="bigbird", random_blocks=1
+    )
+    sparse = FamConfig.paper(
+        block_size=4, memory_segments=0, fam_length=0, attention="sparse", summary_tokens=1
+    )
+    return [
+        ("TransformerXL", "B = 2, M = 1, window 2", xl),
+        ("BigBird", "B = 2, M = 1, the first block and one drawn", bigbird),
+        ("Sparse Transformer", "fixed, B = 4, M = 0, one token of each block", sparse),
+    ]
 
 
 def draw_reading(
@@ -308,7 +326,7 @@ def _draw_receptive_field(axes: Any, config: FamConfig, blocks: int, depth: int)
 
 
 def _title(axes: Any, number: str, title: str, setting: str) -> None:
-    axes.set_title(f"{number}  {title}", loc="left", fontsize=13, fontweight="bold", pad=22)
+    axes.set_title(f"{number}  {title}".strip(), loc="left", fontsize=13, fontweight="bold", pad=22)
     axes.text(0, 1.02, setting, transform=axes.transAxes, fontsize=11, color=_QUIET, va="bottom")
 
 

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from transformerfam import report
-from transformerfam.commands._options import changed
 from transformerfam.config import FamConfig
 
 if TYPE_CHECKING:
@@ -123,7 +122,7 @@ def comparison(model: Any, memory: Memory, *, trained: bool, full_limit: int) ->
                 model=reader,
                 memory=memory if own else Memory.for_model(reader),
                 ranges=RangeLosses(base.block_size),
-                limit=full_limit if config.attention == "full" and not own else None,
+                limit=full_limit if config.keeps_everything and not own else None,
                 first_limit=full_limit,
             )
         )
@@ -132,10 +131,10 @@ def comparison(model: Any, memory: Memory, *, trained: bool, full_limit: int) ->
 
 def _configs(base: FamConfig, trained: bool) -> dict[str, FamConfig]:
     windows = base.without_feedback()
-    if windows.attention == "full":
-        windows = changed(windows, {"attention": "bswa"})
+    if windows.keeps_everything:
+        windows = windows.changed(attention="bswa")
     name = windows.attention.upper()
-    found = {"full": changed(windows, {"attention": "full"}), name: windows.replace(sink_tokens=0)}
+    found = {"full": windows.changed(attention="full"), name: windows.replace(sink_tokens=0)}
     if windows.attention != "longformer":
         sinks = base.sink_tokens or min(_USUAL_SINKS, base.block_size)
         found[f"{name} + {sinks} sinks"] = windows.replace(sink_tokens=sinks)

@@ -21,17 +21,25 @@ GEOMETRY: dict[str, tuple[str | None, str]] = {
     "fam_length": ("SLOTS", "N, feedback slots of each layer; 0 turns the feedback memory off"),
     "fam_position": (None, "rotary position of the feedback memory"),
     "fam_query_position": (None, "rotary position of its queries"),
+    "fam_start": (None, "one prompt that rises through the layers, or a prefix for each layer"),
+    "fam_query": (None, "queries of the feedback memory from its last state, or always the same"),
     "first_residual": (None, "what is added to the attention of the first update"),
     "feedback_norm": (
         "NORM",
         "what bounds the feedback loop: none, rms, the largest RMS of a slot, or one for each slot "
         "(1,2,4,...)",
     ),
+    "feedback_rms": (
+        "RMS",
+        "what feedback_norm rms rescales to: more holds longer and takes up less",
+    ),
     "previous_fams": ("COUNT", "past states of the feedback memory that a block sees"),
     "fam_bias": ("SCORE", "added to the scores with which tokens look at the feedback memory"),
     "attention": (None, "which past tokens a token sees"),
     "window": ("TOKENS", "window of swa, xl and longformer"),
     "global_positions": ("POSITIONS", "positions that see all and are seen by all (0,1,...)"),
+    "random_blocks": ("BLOCKS", "earlier blocks that each block draws (bigbird)"),
+    "summary_tokens": ("TOKENS", "last tokens of each block that all later ones see (sparse)"),
     "sink_tokens": ("TOKENS", "first tokens of the text that stay visible for ever"),
     "memory_source": (
         None,
@@ -74,14 +82,16 @@ def add_model_details(group: argparse._ActionsContainer) -> None:
     group.add_argument("--device", metavar="NAME", help="cpu, cuda, ... (default: cpu)")
 
 
-def add_geometry(parser: argparse.ArgumentParser) -> None:
+_GEOMETRY = (
+    "By default what the loaded memory or the model was made with. A model without a trained "
+    "feedback memory reads best without one and with sinks: --fam-length 0 --sink-tokens 4, "
+    "and that is its default."
+)
+
+
+def add_geometry(parser: argparse.ArgumentParser, about: str = _GEOMETRY) -> None:
     """An option for each field of FamConfig."""
-    group = parser.add_argument_group(
-        "geometry",
-        "By default what the loaded memory or the model was made with. A model without a trained "
-        "feedback memory reads best without one and with sinks: --fam-length 0 --sink-tokens 4, "
-        "and that is its default.",
-    )
+    group = parser.add_argument_group("geometry", about)
     hints = get_type_hints(FamConfig)
     for field in fields(FamConfig):
         metavar, text = GEOMETRY[field.name]
@@ -105,19 +115,8 @@ def changed(base: FamConfig, changes: dict[str, Any]) -> FamConfig:
     Raises:
         UserError: if the changes contradict each other.
     """
-    values: dict[str, Any] = {}
-    pattern = changes.get("attention", base.attention)
-    if pattern != base.attention:
-        values.update(window=None, global_positions=())
-        values.update(memory_source="input", compressive_memory="none")
-    if changes.get("fam_length", base.fam_length) != base.fam_length:
-        per_slot = isinstance(base.feedback_norm, tuple)
-        if changes.get("fam_length") == 0:
-            values.update(feedback_norm="none", previous_fams=1, fam_bias=0.0, recurrence="layer")
-        elif per_slot:
-            values.update(feedback_norm="none")
     try:
-        return base.replace(**{**values, **changes})
+        return base.changed(**changes)
     except ValueError as error:
         raise UserError(str(error)) from None
 

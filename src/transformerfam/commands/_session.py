@@ -99,10 +99,14 @@ def describe(config: FamConfig) -> str:
     parts = [config.attention.upper() if config.attention != "full" else "full attention"]
     if config.attention == "full":
         parts.append(f"blocks of {B:,}")
-    elif config.attention == "bswa":
+    elif config.window_length is None:
         parts.append(f"blocks of {B:,} and the {M} before" if M else f"blocks of {B:,} alone")
     else:
         parts.append(f"window of {config.window_length:,}")
+    if config.random_blocks:
+        parts.append(f"the first block and {config.random_blocks} drawn ones")
+    if config.summary_tokens:
+        parts.append(f"the last {config.summary_tokens} tokens of each block")
     if config.sink_tokens:
         parts.append(f"{config.sink_tokens} sinks")
     if config.through_stack:

@@ -115,12 +115,16 @@ def model_shape(model: Any) -> ModelShape:
         elif parameter.dim() > 1:
             weights += parameter.numel()
     heads = config.num_attention_heads
+    shared = getattr(config, "num_key_value_heads", None) or heads
     width = getattr(config, "head_dim", None) or config.hidden_size // heads
     return ModelShape(
         layers=len(layers),
         layer_weights=weights,
         head_weights=config.vocab_size * config.hidden_size,
         attention_width=heads * width,
+        key_value_width=shared * width,
+        hidden_size=config.hidden_size,
+        head_size=width,
     )
 
 
@@ -175,7 +179,7 @@ def _costs(session: Session, shape: ModelShape) -> list[dict[str, Any]]:
 
     config = session.config
     windows = config.without_feedback()
-    full = options.changed(windows, {"attention": "full"})
+    full = windows.changed(attention="full")
     rows = []
     for length in _LENGTHS:
         own = flops(config, shape, length)
@@ -231,13 +235,13 @@ def _sees(session: Session, field: int | None) -> str:
 
 def _memory(session: Session, facts: dict[str, Any]) -> str:
     each = report.size(facts["full_attention_bytes_per_token"])
-    if session.config.attention == "full":
+    if session.config.keeps_everything:
         return f"grows by {each} a token"
     return f"{report.size(facts['memory_bytes'])}, after any length of text"
 
 
 def _cost_table(session: Session, facts: dict[str, Any]) -> str:
-    grows = session.config.attention == "full"
+    grows = session.config.keeps_everything
     header = [
         "tokens",
         "cost",

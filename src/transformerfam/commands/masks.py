@@ -13,7 +13,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `fam masks`."""
     parser.description = (
         "Draw figures 1 and 2 of the paper, the attention patterns without and with the feedback "
-        "memory, from the predicates that the model computes with. Needs matplotlib: "
+        "memory, and the patterns of TransformerXL, BigBird and Sparse Transformer, from the "
+        "predicates that the model computes with. Needs matplotlib: "
         "pip install 'transformerfam[plot]'."
     )
     parser.add_argument("path", metavar="OUT", help="the file to write: .png, .svg or .pdf")

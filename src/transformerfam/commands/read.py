@@ -333,7 +333,7 @@ class Reading:
         return text
 
     def _growth(self) -> str:
-        if self.session.config.attention == "full":
+        if self.session.config.keeps_everything:
             return ", and it grows with the text"
         return ", after any length of text"
 

@@ -109,7 +109,9 @@ ITEMS: dict[str, Item] = {
                 # A decay of 3 keeps logits small and the loss from ending at 0: what is written has
                 # to stand out of all else that is in FAM, and then it stands long. Windows learn
                 # nothing with it.
-                Variant("FAM", _fam(), optimizer={"weight_decay": 3.0}, steps=2000),
+                Variant("FAM, decay 3", _fam(), optimizer={"weight_decay": 3.0}, steps=2000),
+                # Rescaled to 3, F has a third of an update's weight in what it is: it holds longer.
+                Variant("FAM", _fam(feedback_rms=3.0), optimizer={"weight_decay": 3.0}, steps=2000),
             ),
             asked=("1 start",),
             steps=1000,

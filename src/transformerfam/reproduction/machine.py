@@ -189,7 +189,7 @@ def _estimates(variant: tuple[str, FamConfig], training: dict[str, int]) -> list
     for shape in scales.PAPER_MODELS:
         need = scales.estimate(shape, config, training)
         days = need["flops"] / FLOPS_OF_AN_ACCELERATOR / 86_400
-        state = report.size(need["bytes"]) if need["bytes"] else "grows"
+        state = report.size(need["bytes"])
         tokens, operations = report.short(need["tokens"]), f"{need['flops']:.1e}"
         rows.append([name, shape.name, state, tokens, operations, f"{days:.1f}"])
     return rows

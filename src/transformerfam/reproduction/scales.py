@@ -13,7 +13,7 @@ from functools import cache
 from typing import Any
 
 from transformerfam.config import FamConfig
-from transformerfam.cost import ModelShape, flops
+from transformerfam.cost import ModelShape, flops, state_bytes
 from transformerfam.errors import UserError
 from transformerfam.reproduction.experiment import Experiment, Planned, Variant
 from transformerfam.reproduction.runs import Result, Run
@@ -192,13 +192,23 @@ def estimate(shape: PaperModel, config: FamConfig, training: Mapping[str, int]) 
 
     Returns:
         `tokens` read, `flops` (forward, recomputed under checkpointing, and twice for backward), and
-        `bytes` of state of one stream in bfloat16 (0: it grows with the stream).
+        `bytes` of state of one stream in bfloat16 after the longest text.
     """
     weights = count_weights(shape, FamConfig.paper())
-    sizes = ModelShape(shape.layers, weights["layers"], _VOCABULARY * shape.width, shape.width)
+    head = shape.width // shape.heads
+    sizes = ModelShape(
+        layers=shape.layers,
+        layer_weights=weights["layers"],
+        head_weights=_VOCABULARY * shape.width,
+        attention_width=shape.width,
+        key_value_width=shape.key_heads * head,
+        hidden_size=shape.width,
+        head_size=head,
+    )
     tokens = training["steps"] * training["rows"] * training["longest"]
     forward = flops(config, sizes, training["longest"]) * training["steps"] * training["rows"]
-    slots = config.slots or 0
-    head = shape.width // shape.heads
-    state = shape.layers * (2 * slots * shape.key_heads * head + config.fam_length * shape.width)
-    return {"tokens": tokens, "flops": 4.0 * forward, "bytes": 2.0 * state}
+    return {
+        "tokens": tokens,
+        "flops": 4.0 * forward,
+        "bytes": state_bytes(config, sizes, training["longest"], number_bytes=2),
+    }

@@ -222,6 +222,11 @@ def _check_optimizer(recipe: Recipe) -> None:
 def _check_feedback(recipe: Recipe) -> None:
     feedback, fam = recipe.feedback, recipe.fam
     _at_least(0, "feedback", feedback, ["bptt_blocks", "state_passing_delay", "bias_steps"])
+    _at_least(0, "feedback", feedback, ["diversity_weight", "reconstruction_weight"])
+    _refuse_unless(
+        not feedback.diversity_weight or fam.fam_length != 1,
+        "feedback.diversity_weight pushes rows of FAM apart, and fam.fam_length=1 has only one.",
+    )
     _probability("feedback", feedback, "state_passing")
     _probability("feedback", feedback, "position_offset")
     _above_zero("feedback", feedback, ["position_offset_limit", "bias_power"])
@@ -240,6 +245,11 @@ def _check_feedback(recipe: Recipe) -> None:
             recipe.data.layout != "documents",
             'feedback.state_passing is for data.layout="packed" or "single"; in "documents" the '
             "whole memory is carried from step to step already.",
+        )
+        _refuse_unless(
+            fam.fam_query != "static" or not fam.has_feedback,
+            'feedback.state_passing cannot go with fam.fam_query="static", whose queries need the '
+            "prompt that rose through the stream's own first block.",
         )
     if fam.through_stack:
         name = f'fam.recurrence="{fam.recurrence}"'

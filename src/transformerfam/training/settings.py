@@ -156,6 +156,16 @@ class FeedbackSettings:
         "how it rises: what is left of the way is (1 - step / bias_steps) to this power; 1: in a "
         "straight line",
     )
+    diversity_weight: float = _setting(
+        0.0,
+        "weight of a loss that pushes the FAM rows of a layer apart (C.4): their mean squared cosine; "
+        "0: none",
+    )
+    reconstruction_weight: float = _setting(
+        0.0,
+        "weight of a loss that wants a block's queries to read from its FAM what they read from the "
+        "block (C.5): the mean squared difference; 0: none",
+    )
 
 
 @dataclass(frozen=True)

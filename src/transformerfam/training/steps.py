@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from transformerfam.auxiliary import FeedbackLosses
 from transformerfam.conversion import reconfigure
 from transformerfam.memory import Memory
 from transformerfam.training.batches import Batch
@@ -122,34 +123,49 @@ class Stepper:
             counts = self._sharded or bool(segment.weights.any())
             with nullcontext() if sends else self.accelerator.no_sync(self.model):
                 with torch.set_grad_enabled(total > 0 and (counts or sends)):
-                    loss = self._loss(segment.to(self.accelerator.device), memory)
+                    loss, extra = self._loss(segment.to(self.accelerator.device), memory)
                 if loss.requires_grad:
                     # Wrappers take the mean over processes, and `total` is the sum over them.
-                    self.accelerator.backward(loss * self.accelerator.num_processes / total)
+                    share = self.accelerator.num_processes / total
+                    self.accelerator.backward((loss + extra) * share)
             summed += float(loss.detach())
             memory = memory.detach()
         return summed, memory
 
-    def _loss(self, segment: Batch, memory: Memory) -> Tensor:
-        """Sum over the tokens of a segment of weight times cross-entropy, in nats."""
+    def _loss(self, segment: Batch, memory: Memory) -> tuple[Tensor, Tensor | float]:
+        """Sum over the tokens of a segment of weight times cross-entropy, in nats; and what is added.
+
+        The auxiliary losses of a row count as often as its tokens do, so that micro batches and
+        processes add up to the same however rows are dealt out.
+        """
         counted = segment.weights.any(0)
         # The head is computed where some row counts, and nowhere else.
         columns = counted.nonzero()[:, 0] if counted.any() else torch.zeros_like(counted[:1]).long()
         mask = None
-        if self.feedback.state_passing and segment.valid is not None:
-            # Only the FAM that is passed on can tell that a row was filled up.
+        extra = self._auxiliary()
+        if (self.feedback.state_passing or extra is not None) and segment.valid is not None:
+            # Only a FAM that is passed on, or looked at, can tell that a row was filled up.
             mask = segment.valid
+        more = {} if extra is None else {"fam_losses": extra}
         logits = self.model(
             input_ids=segment.inputs,
             attention_mask=mask,
             past_key_values=memory,
             use_cache=True,
             logits_to_keep=columns,
+            **more,
         ).logits
         losses = cross_entropy(
             logits.flatten(0, 1).float(), segment.targets[:, columns].flatten(), reduction="none"
         )
-        return (losses * segment.weights[:, columns].flatten()).sum()
+        summed = (losses * segment.weights[:, columns].flatten()).sum()
+        return summed, 0.0 if extra is None else (extra.total() * segment.weights.sum(1)).sum()
+
+    def _auxiliary(self) -> FeedbackLosses | None:
+        """What takes the auxiliary losses of a call; None if the recipe has none."""
+        weights = self.feedback.diversity_weight, self.feedback.reconstruction_weight
+        wanted = any(weights) and self.base.fam_config.has_feedback
+        return FeedbackLosses(*weights) if wanted else None
 
     # ---- several processes
 
