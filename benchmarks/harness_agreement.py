@@ -55,7 +55,7 @@ TASKS: dict[str, dict[str, Any]] = {
     "lambada_openai": {
         "output_type": "loglikelihood",
         "doc_to_text": "context",
-        "doc_to_target": "continuation",
+        "doc_to_target": "{{' ' + continuation}}",
         "metric_list": [{"metric": "acc"}, {"metric": "perplexity"}],
     },
     "triviaqa_sm_sub": {
