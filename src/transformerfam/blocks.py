@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from transformerfam.attention import AttentionMask, AttentionStyle, attend
+from transformerfam.attention import AttentionMask, AttentionStyle
 from transformerfam.call import Call, Reenter
 from transformerfam.feedback import Recurrence, fam_keys
 from transformerfam.indexing import columns_of, place, sliding, stop_gradient, unsqueeze
@@ -176,7 +176,7 @@ class TokenPass:
             columns = self.call.index("query columns", lambda: plan.query_columns[0], query)
             query = columns_of(query, columns)
         grid = query.unflatten(2, (nb, L)).transpose(1, 2).flatten(0, 1)  # (R·nb, H, L, D)
-        out = attend(grid, seen.keys, seen.values, mask, style, self.config.backend)
+        out = self.call.attend(self.layer, None, grid, seen.keys, seen.values, mask, style)
         out = out.unflatten(0, (-1, nb)).transpose(2, 3).flatten(1, 2)  # (R, nb·L, H, Dv)
         if in_place:
             return out

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from transformers.generation import GenerationMixin
 from transformers.modeling_outputs import ModelOutput
 
-from transformerfam.call import Call
+from transformerfam.call import Call, Observer
 from transformerfam.config import FamConfig
 from transformerfam.layer import ATTENTION_NAME, FamLayer, Picklable, mixed
 from transformerfam.memory import Memory
@@ -62,6 +62,7 @@ class FamDecoder(Picklable):
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         return_dict: bool | None = None,
+        fam_observer: Observer | None = None,
         **kwargs: Any,
     ) -> ModelOutput | tuple[Any, ...]:
         """Read new tokens, layer-major over all blocks of the call (section 3, docs/method.md).
@@ -73,6 +74,7 @@ class FamDecoder(Picklable):
             position_ids: ignored; where a token stands follows from the memory.
             past_key_values: the streams' memory, advanced in place once the call has succeeded.
             use_cache: whether to make a memory if none is given.
+            fam_observer: told of each attention of the call (`call.Attended`).
         """
         inputs = input_ids if inputs_embeds is None else inputs_embeds
         if inputs is None or inputs.shape[1] == 0:
@@ -85,7 +87,7 @@ class FamDecoder(Picklable):
             use_cache = bool(getattr(self.config, "use_cache", True))
         if memory is None and use_cache and not (self.training and self.gradient_checkpointing):
             memory = Memory(config, inputs.shape[0], len(layers_of(self)))
-        call = self._call(config, memory, inputs, attention_mask)
+        call = self._call(config, memory, inputs, attention_mask, fam_observer)
         output = self.plain_forward(
             input_ids=input_ids if inputs_embeds is None else None,
             inputs_embeds=inputs_embeds,
@@ -109,6 +111,7 @@ class FamDecoder(Picklable):
         memory: Memory | None,
         inputs: Tensor,
         attention_mask: Tensor | None,
+        observer: Observer | None,
     ) -> Call:
         rows, columns = inputs.shape[:2]
         state = Memory(config, rows, len(layers_of(self))) if memory is None else memory
@@ -137,6 +140,7 @@ class FamDecoder(Picklable):
             keep=memory is not None,
             passed_fams=state.passed_fams,
             offset=state.offset,
+            observer=observer,
         )
 
     def _check_call(self, memory: object, inputs: Tensor) -> None:
