@@ -33,6 +33,7 @@ _ORDER = (
     "plot",
     "info",
     "masks",
+    "inspect",
     "demo",
     "bench",
     "reproduce",

@@ -325,3 +325,11 @@ class Decoder:
             ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
         return text
+
+
+def words_of(tokenizer: Any, ids: Iterable[int]) -> list[str]:
+    """What each token adds to the text; a special token its name, part of a character nothing."""
+    decoder, special = Decoder(tokenizer), set(tokenizer.all_special_ids)
+    return [
+        str(tokenizer.convert_ids_to_tokens(i)) if i in special else decoder.put(i) for i in ids
+    ]
