@@ -30,6 +30,7 @@ ORDER = [
     ),
     *("probe", "layer", "modeling", "auto", "conversion", "embedded", "models"),
     *("text", "stream", "turns", "data", "plots", "benchmark"),
+    *("inspection", "inspection_page", "attention_maps"),
     *("tasks", "evaluate", "training", "reproduction"),
     *("commands", "cli", "__main__"),
 ]

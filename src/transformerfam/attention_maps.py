@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import accumulate
 from os import PathLike
 from typing import Any
 
@@ -10,6 +11,8 @@ from transformerfam.inspection import Inspection, LayerInspection
 from transformerfam.plots import check_ending, name_groups, new_figure, write_figure
 
 _NAMES = {"past": "past segments", "anchors": "sinks", "fams": "FAM", "own": "block"}
+# Few columns among many: drawn wider than those of tokens, to be seen.
+_WIDER = {"anchors": 4, "fams": 4}
 
 
 def check_figure(path: str | PathLike[str]) -> None:
@@ -61,18 +64,25 @@ def _draw_layer(
     upper: Any, lower: Any, inspection: Inspection, layer: LayerInspection, block: int
 ) -> Any:
     """The two maps of a layer; what the colour bar belongs to."""
+    np = require("numpy", "plot")
     norm = require("matplotlib.colors", "plot").PowerNorm(0.5, vmin=0, vmax=1)
     weights = layer.maps[block].mean(0).numpy()  # (cells + N, cells)
     N, cell = inspection.config.fam_length, inspection.grid.cell
     sizes = inspection.map_keys[block]
     names = {**_NAMES, "anchors": "globals"} if inspection.config.global_positions else _NAMES
-    keys = tuple((names[region], size) for region, size in sizes.items() if size)
+    widths = {region: size * _WIDER.get(region, 1) for region, size in sizes.items() if size}
+    # A line lower where there is little room for a name.
+    keys = tuple(("\n" * (r in _WIDER) + names[r], width) for r, width in widths.items())
+    edges = [0, *accumulate(w for r in widths for w in [_WIDER.get(r, 1)] * sizes[r])]
     image = None
     for axes, part, label in (
         (upper, weights[:-N], "block queries"),
         (lower, weights[-N:], "FAM queries"),
     ):
-        image = axes.pcolormesh(part, cmap="magma_r", norm=norm, rasterized=True)
+        # What is not seen has a weight of 0, and stays white.
+        shown = np.ma.masked_equal(part, 0)
+        lines = range(len(part) + 1)
+        image = axes.pcolormesh(edges, lines, shown, cmap="magma_r", norm=norm, rasterized=True)
         axes.invert_yaxis()
         name_groups(axes.xaxis, keys, axes.axvline)
         axes.set_yticks([])
