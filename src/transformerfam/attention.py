@@ -103,9 +103,18 @@ def attend(
     return _eager(query, key, value, mask, style)
 
 
-def _eager(
-    q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask | None, style: AttentionStyle
+def attention_weights(
+    q: Tensor, k: Tensor, mask: AttentionMask | None, style: AttentionStyle
 ) -> Tensor:
+    """softmax(query · key, where mask): what `attend` multiplies the values with.
+
+    Args:
+        q, k: (G, H, L, D) and (G, Hk, K, D), as in `attend`.
+
+    Returns:
+        (G, H, L, K) in the type of q. Rows sum to 1, or to less where a learned sink logit takes
+        its share.
+    """
     L, K, groups = q.shape[2], k.shape[2], k.shape[1]
     # Heads that share a key-value head become more queries of it: nothing is repeated.
     shared = q.unflatten(1, (groups, -1)).flatten(2, 3)  # (G, Hk, H/Hk · L, D)
@@ -120,8 +129,15 @@ def _eager(
         logits = style.sink_logits.to(scores.dtype).view(1, groups, -1, 1, 1)
         scores = torch.cat([scores, logits.expand(len(scores), -1, -1, L, -1)], dim=-1)
     weights = scores.softmax(-1, dtype=torch.promote_types(q.dtype, torch.float32)).to(q.dtype)
-    weights = F.dropout(weights[..., :K], style.dropout)
-    return (weights.flatten(2, 3) @ v).unflatten(2, (-1, L)).flatten(1, 2)
+    return weights[..., :K].flatten(1, 2)
+
+
+def _eager(
+    q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask | None, style: AttentionStyle
+) -> Tensor:
+    weights = F.dropout(attention_weights(q, k, mask, style), style.dropout)  # (G, H, L, K)
+    shared = weights.unflatten(1, (k.shape[1], -1)).flatten(2, 3)  # (G, Hk, H/Hk · L, K)
+    return (shared @ v).unflatten(2, (-1, q.shape[2])).flatten(1, 2)
 
 
 def _sdpa(

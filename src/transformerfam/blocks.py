@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from transformerfam.attention import AttentionMask, AttentionStyle, attend
+from transformerfam.attention import AttentionMask, AttentionStyle
 from transformerfam.auxiliary import diversity, reconstruction
 from transformerfam.call import Call, Reenter
 from transformerfam.feedback import Recurrence, fam_keys
@@ -227,7 +227,7 @@ class TokenPass:
             lambda: self._mask(window, query),
         )
         grid = self._to_grid(query).flatten(0, 1)  # (R·nb, H, L, D)
-        out = attend(grid, seen.keys, seen.values, mask, style, self.config.backend)
+        out = self.call.attend(self.layer, None, grid, seen.keys, seen.values, mask, style)
         return self._from_grid(out.unflatten(0, (-1, self.plan.blocks)))
 
     @property

@@ -7,12 +7,13 @@ when all layers have run.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from transformerfam.attention import AttentionStyle
+from transformerfam.attention import AttentionMask, AttentionStyle, attend, attention_weights
 from transformerfam.auxiliary import FeedbackLosses
 from transformerfam.config import FamConfig
 from transformerfam.layer_memory import LayerMemory
@@ -29,6 +30,39 @@ class AttentionPass(Protocol):
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, style: AttentionStyle) -> Tensor:
         """(R, H, L, D) queries and (R, Hk, L, D) keys, unrotated -> (R, L, H, Dv)."""
+
+
+@dataclass(frozen=True)
+class Attended:
+    """One attention of a call, as it was computed.
+
+    Attributes:
+        layer: index of the layer.
+        block: None if the call's tokens asked, all blocks at once; j if the FAM queries did that
+            compress block j of the call.
+        plan: of the call. `plan.key_regions` says what the keys are that tokens see; those of FAM
+            queries are the N of FAM and then the B of the block.
+        query, key, value, mask, style: what was given to `attention.attend`.
+        output: what came of it, (G, H, L, Dv).
+    """
+
+    layer: int
+    block: int | None
+    plan: CallPlan
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    mask: AttentionMask | None
+    style: AttentionStyle
+    output: Tensor
+
+    def weights(self) -> Tensor:
+        """(G, H, L, K): the weights of the values in the output."""
+        return attention_weights(self.query, self.key, self.mask, self.style)
+
+
+# Told of each attention of a call. Whoever only runs a model needs none, and pays nothing.
+Observer = Callable[[Attended], None]
 
 
 class Call:
@@ -48,6 +82,7 @@ class Call:
         offset: position of the first token of each stream.
         gates: (layers, H), β of the compressive memory; None without.
         losses: takes the auxiliary losses of the layers; None: they are not computed.
+        observer: told of each attention.
     """
 
     def __init__(
@@ -63,6 +98,7 @@ class Call:
         offset: float = 0.0,
         gates: Tensor | None = None,
         losses: FeedbackLosses | None = None,
+        observer: Observer | None = None,
     ) -> None:
         self.config = config
         self.plan = plan
@@ -75,6 +111,7 @@ class Call:
         self.offset = offset
         self.gates = gates
         self.losses = losses
+        self.observer = observer
         self.after: list[LayerMemory | None] = [None] * len(before)
         # rising[l]: the FAM input of layer l in block 0 (B.1), (R, N, d): the prompt rises once.
         self.rising: list[Tensor | None] = [None] * (len(before) + 1)
@@ -87,6 +124,24 @@ class Call:
         layers = [layer for layer in self.after if layer is not None]
         assert len(layers) == len(self.after), "a layer did not run"
         memory.advance(layers, self.plan.counts)
+
+    def attend(
+        self,
+        layer: int,
+        block: int | None,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: AttentionMask | None,
+        style: AttentionStyle,
+    ) -> Tensor:
+        """`attention.attend` for a layer's tokens, or for the FAM queries that compress a block."""
+        out = attend(query, key, value, mask, style, self.config.backend)
+        if self.observer is not None:
+            self.observer(
+                Attended(layer, block, self.plan, query, key, value, mask, style, output=out)
+            )
+        return out
 
     # ---- made once for all layers
 

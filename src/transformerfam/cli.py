@@ -34,6 +34,7 @@ _ORDER = (
     "info",
     "variants",
     "masks",
+    "inspect",
     "demo",
     "bench",
     "reproduce",

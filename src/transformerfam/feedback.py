@@ -7,15 +7,14 @@ FAM, and no family code of its own.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from transformerfam.attention import AttentionStyle, attend
+from transformerfam.attention import AttentionStyle
 from transformerfam.call import Call, Reenter
-from transformerfam.config import FamConfig
 from transformerfam.indexing import members, merge, put, take, take_tables, unsqueeze
 from transformerfam.layer_memory import KeyValue
 from transformerfam.rotary import Tables, rotate
@@ -146,7 +145,7 @@ class Recurrence:
         key_tables = query_tables = take_tables(tables(j), rows)
         if self.config.fam_query_position == "block_end":
             query_tables = take_tables(tables(j + 1), rows)
-        return FamPass(block, query_tables, key_tables, self.config)
+        return FamPass(block, query_tables, key_tables, partial(self.call.attend, self.layer, j))
 
     def _bounded(self, fam: Tensor) -> Tensor:
         """`feedback_norm` applied to a new F, (R', N, d)."""
@@ -191,6 +190,7 @@ class FamPass:
     """The FAM rows of a layer compress one block: they attend [ Kf ; K_τ ] without a mask.
 
     Attributes:
+        attend: `Call.attend` for this layer and block.
         given: queries, keys and values to use instead of the layer's, or None.
         own: keys (rotated) and values of the FAM rows, once it has run.
     """
@@ -200,12 +200,12 @@ class FamPass:
         block: KeyValue,
         query_tables: Tables | None,
         key_tables: Tables | None,
-        config: FamConfig,
+        attend: Callable[..., Tensor],
     ) -> None:
         self.block = block
         self.query_tables = query_tables
         self.key_tables = key_tables
-        self.config = config
+        self.attend = attend
         self.given: tuple[Tensor, Tensor, Tensor] | None = None
         self.own: KeyValue
 
@@ -216,9 +216,7 @@ class FamPass:
         query = rotate(query, self.query_tables)
         self.own = KeyValue(rotate(key, self.key_tables), value)
         seen = KeyValue.cat([self.own, self.block])
-        return attend(query, seen.keys, seen.values, None, style, self.config.backend).transpose(
-            1, 2
-        )
+        return self.attend(query, seen.keys, seen.values, None, style).transpose(1, 2)
 
 
 class _Projected(Exception):

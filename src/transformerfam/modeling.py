@@ -19,7 +19,7 @@ from transformers.generation import GenerationMixin
 from transformers.modeling_outputs import ModelOutput
 
 from transformerfam.auxiliary import FeedbackLosses
-from transformerfam.call import Call
+from transformerfam.call import Call, Observer
 from transformerfam.config import ADDED_MODULES, FamConfig
 from transformerfam.layer import ATTENTION_NAME, FamLayer, Picklable, mixed
 from transformerfam.memory import Memory
@@ -66,6 +66,7 @@ class FamDecoder(Picklable):
         use_cache: bool | None = None,
         return_dict: bool | None = None,
         fam_losses: FeedbackLosses | None = None,
+        fam_observer: Observer | None = None,
         **kwargs: Any,
     ) -> ModelOutput | tuple[Any, ...]:
         """Read new tokens, layer-major over all blocks of the call (section 3, docs/method.md).
@@ -78,6 +79,7 @@ class FamDecoder(Picklable):
             past_key_values: the streams' memory, advanced in place once the call has succeeded.
             use_cache: whether to make a memory if none is given.
             fam_losses: takes the auxiliary losses of the call.
+            fam_observer: told of each attention of the call (`call.Attended`).
         """
         inputs = input_ids if inputs_embeds is None else inputs_embeds
         if inputs is None or inputs.shape[1] == 0:
@@ -93,7 +95,7 @@ class FamDecoder(Picklable):
         if config.through_stack:
             output = self._by_segments(config, memory, inputs, attention_mask, **kwargs)
             return output if return_dict is not False else output.to_tuple()
-        call = self._call(config, memory, inputs, attention_mask, fam_losses)
+        call = self._call(config, memory, inputs, attention_mask, fam_losses, fam_observer)
         output = self.plain_forward(
             input_ids=input_ids if inputs_embeds is None else None,
             inputs_embeds=inputs_embeds,
@@ -119,6 +121,7 @@ class FamDecoder(Picklable):
         inputs: Tensor,
         attention_mask: Tensor | None,
         losses: FeedbackLosses | None,
+        observer: Observer | None,
     ) -> Call:
         rows, columns = inputs.shape[:2]
         state = Memory(config, rows, len(layers_of(self))) if memory is None else memory
@@ -152,6 +155,7 @@ class FamDecoder(Picklable):
             offset=state.offset,
             gates=gates,
             losses=losses,
+            observer=observer,
         )
 
     def _added(self, name: str, rows: int, device: torch.device) -> Tensor:

@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -188,6 +189,19 @@ class CallPlan:
             return self.config.block_size
         return max(1, *(o + n for o, n in zip(self.offsets, self.counts, strict=True)))
 
+    @cached_property
+    def key_regions(self) -> dict[str, slice]:
+        """Which of the keys that a block's queries see are past, anchors, FAMs and own block."""
+        config = self.config
+        sizes = {
+            "past": self.past_used,
+            "anchors": len(config.anchor_positions),
+            "fams": config.previous_fams * config.fam_length,
+            "own": self.own_used,
+        }
+        ends = accumulate(sizes.values())
+        return {name: slice(end - sizes[name], end) for name, end in zip(sizes, ends, strict=True)}
+
     def visible(self, sliding_window: int | None) -> Tensor:
         """(G, 1, L, keys) bool: what the queries of each block see; G is 1, nb or R·nb.
 
@@ -258,11 +272,8 @@ class CallPlan:
 
     def key_bias(self) -> Tensor | None:
         """(keys,) what is added to the scores of each key: `fam_bias` to those of FAM; or nothing."""
-        config = self.config
-        if not config.fam_bias:
+        if not self.config.fam_bias:
             return None
-        first = self.past_used + len(config.anchor_positions)
-        fams = config.previous_fams * config.fam_length
-        bias = torch.zeros(first + fams + self.own_used)
-        bias[first : first + fams] = config.fam_bias
+        bias = torch.zeros(self.key_regions["own"].stop)
+        bias[self.key_regions["fams"]] = self.config.fam_bias
         return bias

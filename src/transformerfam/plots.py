@@ -93,7 +93,7 @@ def draw_masks(path: str | PathLike[str], *, sink_tokens: int = 0) -> None:
         ValueError: for more sinks than a block of figure 2 holds.
         MissingExtraError: if matplotlib is not installed.
     """
-    figure = _figure(path, 15, 16)
+    figure = new_figure(path, 15, 16)
     (a, b, c), (d, e, f), others = figure.subplots(3, 3)
     bswa = FamConfig.paper(block_size=2, memory_segments=1, fam_length=0)
     swa = bswa.replace(attention="swa", window=3)
@@ -113,7 +113,7 @@ def draw_masks(path: str | PathLike[str], *, sink_tokens: int = 0) -> None:
     for axes, (title, setting, config) in zip(others, _patterns_of_others(), strict=True):
         _draw_mask(axes, mask_of(config, 8), "", title, setting)
     _draw_legend(figure, [role for role in range(7) if sink_tokens or role != SINK])
-    _write(figure, path)
+    write_figure(figure, path)
 
 
 def _patterns_of_others() -> list[tuple[str, str, FamConfig]]:
@@ -148,7 +148,7 @@ def draw_reading(
         UserError: if `path` ends in something else or cannot be written.
         MissingExtraError: if matplotlib is not installed.
     """
-    figure = _figure(path, 13, 5.2)
+    figure = new_figure(path, 13, 5.2)
     left, right = figure.subplots(1, 2)
     for (name, parts), style in zip(losses.items(), cycle(_line_styles()), strict=False):
         if parts:
@@ -160,7 +160,7 @@ def draw_reading(
     _plain_axes(right, "Memory in MB, by tokens read")
     right.set_ylim(bottom=0)
     figure.legend(loc="outside lower center", ncols=max(1, len(losses)), frameon=False, fontsize=11)
-    _write(figure, path)
+    write_figure(figure, path)
 
 
 # ---- from predicates to cells
@@ -188,7 +188,7 @@ def draw_curves(
     """
     columns = 1 if len(panels) == 1 else 2
     rows = -(-len(panels) // columns)
-    figure = _figure(path, 7.2 * columns, 4.6 * rows)
+    figure = new_figure(path, 7.2 * columns, 4.6 * rows)
     every = [axes for row in figure.subplots(rows, columns, squeeze=False) for axes in row]
     for axes in every[len(panels) :]:
         axes.set_visible(False)
@@ -212,7 +212,7 @@ def draw_curves(
             axes.axvline(place, color=_QUIET, linewidth=1, linestyle=":")
             axes.text(place * 1.06, 1.01, name, color=_QUIET, fontsize=9)
         axes.legend(frameon=False, fontsize=9, loc="upper left", bbox_to_anchor=(1.0, 1.0))
-    _write(figure, path)
+    write_figure(figure, path)
 
 
 def mask_of(config: FamConfig, blocks: int) -> Mask:
@@ -273,8 +273,8 @@ def _draw_mask(axes: Any, mask: Mask, number: str, title: str, setting: str) -> 
     axes.pcolormesh(mask.roles, cmap=colours, vmin=-0.5, vmax=6.5, edgecolors="white", linewidth=1)
     axes.invert_yaxis()
     axes.set_aspect("equal")
-    _name_groups(axes.xaxis, mask.keys, axes.axvline)
-    _name_groups(axes.yaxis, mask.queries, axes.axhline)
+    name_groups(axes.xaxis, mask.keys, axes.axvline)
+    name_groups(axes.yaxis, mask.queries, axes.axhline)
     axes.set_xlabel("key", fontsize=11)
     axes.set_ylabel("query", fontsize=11)
     for spine in axes.spines.values():
@@ -282,7 +282,7 @@ def _draw_mask(axes: Any, mask: Mask, number: str, title: str, setting: str) -> 
     _title(axes, number, title, setting)
 
 
-def _name_groups(axis: Any, groups: tuple[tuple[str, int], ...], rule: Any) -> None:
+def name_groups(axis: Any, groups: tuple[tuple[str, int], ...], rule: Any) -> None:
     """Write the name of each group beside its middle and rule it off from the next."""
     ends = list(accumulate(size for _, size in groups))
     middles = [end - size / 2 for end, (_, size) in zip(ends, groups, strict=True)]
@@ -369,10 +369,15 @@ def _subscript(number: int) -> str:
     return str(number).translate(str.maketrans("0123456789", "₀₁₂₃₄₅₆₇₈₉"))
 
 
-def _figure(path: str | PathLike[str], width: float, height: float) -> Any:
-    """An empty figure, in inches, that can be written to `path`."""
+def check_ending(path: str | PathLike[str]) -> None:
+    """Refuse a name that no figure can be written to."""
     if Path(path).suffix.lower() not in ENDINGS:
         raise UserError(f"A figure is written as {', '.join(ENDINGS)}, not as {Path(path).name}.")
+
+
+def new_figure(path: str | PathLike[str], width: float, height: float) -> Any:
+    """An empty figure, in inches, that can be written to `path`."""
+    check_ending(path)
     # Without pyplot, which keeps figures and picks a window system.
     make = require("matplotlib.figure", "plot").Figure
     figure = make(figsize=(width, height), layout="constrained")
@@ -380,7 +385,7 @@ def _figure(path: str | PathLike[str], width: float, height: float) -> Any:
     return figure
 
 
-def _write(figure: Any, path: str | PathLike[str]) -> None:
+def write_figure(figure: Any, path: str | PathLike[str]) -> None:
     """Draw into memory first: what is written is a whole figure."""
     drawn = io.BytesIO()
     ending = Path(path).suffix.lower()[1:]

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from transformerfam.call import Observer
 from transformerfam.memory import Memory
 
 # A chunk amortises the cost of a call; its logits, in float32, are the largest thing in it.
@@ -58,6 +59,7 @@ def read(
     memory: Memory | None = None,
     *,
     chunk_tokens: int | None = None,
+    observer: Observer | None = None,
 ) -> Iterator[Chunk]:
     """Read a stream of tokens of any length, and score how well each was predicted.
 
@@ -70,6 +72,7 @@ def read(
         memory: where the stream stands, one row; advanced in place. None: a fresh stream.
         chunk_tokens: tokens of a call. By default about 2048, fewer for a large vocabulary (the
             logits of a chunk take at most 256 MB), in steps that end where blocks end.
+        observer: told of each attention (`call.Attended`); for `inspection`.
 
     Yields:
         A `Chunk` after each call. Between two of them the memory may be forked, saved or asked.
@@ -83,7 +86,7 @@ def read(
     source = iter(tokens)
     while ids := list(islice(source, chunk_length(memory.position[0]))):
         before = memory.next_logits
-        logits = _advance(model, ids, memory, keep=0)
+        logits = _advance(model, ids, memory, keep=0, observer=observer)
         losses, hits = _scores(logits, ids, before)
         yield Chunk(
             tokens=len(ids),
@@ -238,7 +241,9 @@ def _chunk_lengths(model: Any, memory: Memory, chosen: int | None) -> Callable[[
 
 
 @torch.no_grad()
-def _advance(model: Any, ids: list[int], memory: Memory, *, keep: int) -> Tensor:
+def _advance(
+    model: Any, ids: list[int], memory: Memory, *, keep: int, observer: Observer | None = None
+) -> Tensor:
     """Logits (keep or T, V) of new tokens, with the memory advanced and its prediction set."""
     vocabulary = model.get_input_embeddings().weight.shape[0]
     if min(ids) < 0 or max(ids) >= vocabulary:
@@ -247,7 +252,11 @@ def _advance(model: Any, ids: list[int], memory: Memory, *, keep: int) -> Tensor
     inputs = torch.tensor([ids], device=model.get_input_embeddings().weight.device)
     with _evaluating(model):
         logits: Tensor = model(
-            input_ids=inputs, past_key_values=memory, use_cache=True, logits_to_keep=keep
+            input_ids=inputs,
+            past_key_values=memory,
+            use_cache=True,
+            logits_to_keep=keep,
+            **({} if observer is None else {"fam_observer": observer}),
         ).logits[0]
     memory.next_logits = logits[-1:].float().clone()  # a copy: the rest of the chunk can be freed
     return logits

@@ -332,3 +332,11 @@ def language_reference() -> str:
     from pydoc_data.topics import topics
 
     return "\n\n".join(topics[name].strip() for name in sorted(topics))
+
+
+def words_of(tokenizer: Any, ids: Iterable[int]) -> list[str]:
+    """What each token adds to the text; a special token its name, part of a character nothing."""
+    decoder, special = Decoder(tokenizer), set(tokenizer.all_special_ids)
+    return [
+        str(tokenizer.convert_ids_to_tokens(i)) if i in special else decoder.put(i) for i in ids
+    ]
