@@ -13,7 +13,7 @@ from command_line import Run, refused
 from families import some_tokens, tiny
 
 from transformerfam import FamConfig, convert, evaluate
-from transformerfam.commands.plot import panels_of
+from transformerfam.answers import panels_of
 from transformerfam.errors import UserError
 from transformerfam.tasks.cases import Case
 from transformerfam.tasks.questions import Recite

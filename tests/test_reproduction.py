@@ -11,18 +11,21 @@ from typing import Any
 import pytest
 import torch
 from command_line import refused
+from families import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_text import TOKENIZERS
 
-from transformerfam import FamConfig, cli
+from transformerfam import FamConfig, cli, convert
 from transformerfam.errors import UserError
-from transformerfam.reproduction import experiment, page, scales, toy, toy_text
+from transformerfam.reproduction import experiment, page, results, scales, toy, toy_text
 from transformerfam.reproduction.experiment import Experiment, Planned, Shape, Variant
 from transformerfam.reproduction.items import ITEMS, Claim
 from transformerfam.reproduction.machine import MACHINE
 from transformerfam.reproduction.runs import results_of
 from transformerfam.training.recipe import Recipe, find
 
+TOKENIZER = TOKENIZERS["gpt2"]
 SHAPE = Shape(width=16, layers=2, block=24, digits=3, rows=4)
 
 
@@ -343,3 +346,71 @@ def test_what_cannot_be_done_is_refused(
     code = cli.main(["reproduce", *wrong, "--out", str(tmp_path)])
     shown = capsys.readouterr()
     refused((code, shown.out, shown.err), "--lengths" if len(wrong) > 1 else "table99")
+
+
+# ---- real data
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    """A folder of a little of everything."""
+    folder = tmp_path / "data"
+    for name in ("books", "tasks", "longqa"):
+        (folder / name).mkdir(parents=True)
+    (folder / "books" / "one.txt").write_text("It was a day like any other day by the sea. " * 40)
+    row = {"query": "Which is red?", "choices": ["a rose", "the sea"], "gold": 0}
+    (folder / "tasks" / "piqa.jsonl").write_text(json.dumps(row) + "\n")
+    asked = {"input": "A day.", "instructions": ["What?"], "outputs": ["A day."]}
+    (folder / "longqa" / "talk.jsonl").write_text(json.dumps(asked) + "\n")
+    return folder
+
+
+@pytest.fixture
+def tiny_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tiny model in the place of the default one."""
+
+    def load(adapter: str | None = None, config: FamConfig | None = None) -> Any:
+        small = FamConfig(block_size=32, memory_segments=1, fam_length=2)
+        plain = tiny(vocab_size=len(TOKENIZER), dtype=torch.float32)
+        return convert(plain, small), TOKENIZER
+
+    monkeypatch.setattr("transformerfam.load", load)
+    monkeypatch.setattr("transformerfam.models.load", load)
+
+
+@pytest.mark.usefixtures("tiny_default")
+def test_real_data_makes_one_page_and_is_not_asked_twice(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = ["reproduce", "results", "--data", str(data), "--samples", "1", "--lengths", "160"]
+    argv += ["--out", str(tmp_path / "out")]
+    assert cli.main(argv) == 0
+    capsys.readouterr()
+    text = (tmp_path / "out" / "results.md").read_text()
+    for heading in results.GROUPS:
+        assert f"## {heading}" in text
+    assert "| task | metric | model | bswa | sinks | full |" in text
+    assert "| passkey 160 | exact |" in text and "documents books" in text
+    assert str(tmp_path) not in text  # where the data lies says nothing
+    answered = (tmp_path / "out" / "answers" / "results-000.jsonl").read_text()
+    assert cli.main(argv) == 0
+    assert (tmp_path / "out" / "answers" / "results-000.jsonl").read_text() == answered
+
+
+@pytest.mark.usefixtures("tiny_default")
+def test_real_data_is_asked_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for more, reason in (([], "--data FOLDER"), (["--data", str(tmp_path)], "nothing of table12")):
+        code = cli.main(["reproduce", "table12", *more, "--out", str(tmp_path / "out")])
+        shown = capsys.readouterr()
+        refused((code, shown.out, shown.err), reason)
+
+
+@pytest.mark.usefixtures("tiny_default")
+def test_figure_11_shows_what_queries_look_at(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["reproduce", "figure11", "--out", str(tmp_path)]) == 0
+    capsys.readouterr()
+    text = (tmp_path / "figure11.md").read_text()
+    assert (tmp_path / "figure11.png").read_bytes()[:4] == b"\x89PNG"
+    assert "nothing trained" in text and "| layer | read from FAM |" in text

@@ -16,7 +16,7 @@ from transformerfam.errors import UserError
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from transformerfam.evaluate import Ask, Line, Reader
+    from transformerfam.evaluate import Ask, Reader
     from transformerfam.tasks import Case, Wanted
 
 HELP = "measure what a memory is good for: keys, facts, documents, questions"
@@ -256,23 +256,7 @@ def _listed(tasks: Any) -> list[list[str]]:
 
 
 def _table(folder: Path, cases: Sequence[Case], readers: Sequence[Reader]) -> str:
-    """Mean and standard error of each case's metric, one column a reader."""
-    from transformerfam import evaluate
+    from transformerfam import answers, evaluate
 
-    lines = evaluate.grouped(evaluate.read_results(folder)[1])
-    rows = []
-    for case in cases:
-        found = lines.get(evaluate.case_key(case), {})
-        cells = [_cell(found.get(reader.name, []), case.metric) for reader in readers]
-        rows.append([f"{case.label} {_axis(case)}".strip(), case.metric, *cells])
-    return report.table(["task", "metric", *(reader.name for reader in readers)], rows)
-
-
-def _cell(lines: list[Line], metric: str) -> str:
-    from transformerfam import evaluate
-
-    summary = evaluate.summarise(lines, metric)
-    if summary is None:
-        return "–"
-    error = "" if summary.error is None else f" ± {summary.error:.3f}"
-    return f"{summary.mean:.3f}{error}"
+    lines = evaluate.read_results(folder)[1]
+    return report.table(*answers.table_of(lines, cases, [reader.name for reader in readers]))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import shlex
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -67,6 +68,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="ask at these lengths, with commas between: blocks, or tokens at the scale small",
     )
     parser.add_argument(
+        "--data",
+        metavar="FOLDER",
+        help="for results, table2 and table12: real data, see docs/evaluation.md",
+    )
+    parser.add_argument(
+        "--adapter",
+        metavar="FOLDER",
+        help="for results, table2, table12 and figure11: adapter of the default model (default: none)",
+    )
+    parser.add_argument(
+        "--samples",
+        metavar="COUNT",
+        type=options.whole(1),
+        help="for results, table2 and table12: questions of each kind, for a quick look",
+    )
+    parser.add_argument(
         "--workers",
         metavar="COUNT",
         type=options.whole(1),
@@ -84,16 +101,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Make the pages that were asked for, one after the other."""
+    from transformerfam.reproduction import results
     from transformerfam.reproduction.items import ITEMS
     from transformerfam.reproduction.machine import MACHINE
     from transformerfam.reproduction.page import write_index
 
     titles = {name: item.title for name, item in ITEMS.items()}
     titles |= {name: (make.__doc__ or "").splitlines()[0] for name, make in MACHINE.items()}
+    titles |= {name: title for name, (title, _, _) in results.ITEMS.items()}
     if not args.items:
         print(report.facts(sorted(titles.items())))
         return 0
-    names = sorted(titles) if args.items == ["all"] else list(dict.fromkeys(args.items))
+    names = list(dict.fromkeys(args.items))
+    if names == ["all"]:
+        names = sorted(set(titles) - (set() if args.data else set(results.ITEMS)))
     if unknown := [name for name in names if name not in titles]:
         raise UserError(
             f"There is no item {unknown[0]}; `fam reproduce` without one lists what there is."
@@ -119,11 +140,15 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _page(name: str, args: argparse.Namespace, folder: Path) -> Page:
-    from transformerfam.reproduction import page
+    from transformerfam.reproduction import page, results
     from transformerfam.reproduction.items import ITEMS
-    from transformerfam.reproduction.machine import MACHINE, paper_page
+    from transformerfam.reproduction.machine import MACHINE, figure11, paper_page
 
     command = _command(name, args)
+    if name in results.ITEMS:
+        return _results(name, args, folder, command)
+    if name == "figure11":
+        return figure11(folder, command, args.adapter)
     if name in MACHINE:
         return MACHINE[name](folder, command)
     item = ITEMS[name]
@@ -132,6 +157,33 @@ def _page(name: str, args: argparse.Namespace, folder: Path) -> Page:
     found = _found(name, args, folder)
     page.write_numbers(folder / f"{name}.json", found)
     return page.item_page(name, item, found, command, folder)
+
+
+def _results(name: str, args: argparse.Namespace, folder: Path, command: str) -> Page:
+    """Ask a pretrained model about real data."""
+    from transformerfam import evaluate, load
+    from transformerfam.reproduction import results
+
+    if args.data is None:
+        raise UserError(f"{name} asks about real data; give it with --data FOLDER.")
+    sizes = results.Sizes()
+    if args.samples:
+        sizes = replace(
+            sizes, **dict.fromkeys(("hidden", "documents", "long", "rows"), args.samples)
+        )
+    if lengths := _lengths(args.lengths):
+        sizes = replace(sizes, lengths=lengths, most_tokens=lengths[-1])
+    model, tokenizer = load(
+        adapter=args.adapter, config=None if args.adapter else results.UNTRAINED
+    )
+    groups = results.cases_of(name, Path(args.data), tokenizer, sizes)
+    progress, kept = report.Progress(quiet=args.quiet), folder / "answers"
+    cases = [case for group in groups.values() for case in group]
+    for done, count, asked, _ in results.ask(model, cases, kept):
+        progress.update(f"{done:,}/{count:,}   {asked.case.label}, {asked.reader.name}")
+    lines = evaluate.read_results(kept)[1]
+    about = results.describe(model, args.adapter)
+    return results.results_page(name, groups, lines, command, about, folder)
 
 
 def _found(name: str, args: argparse.Namespace, folder: Path) -> Found:
@@ -194,4 +246,10 @@ def _command(name: str, args: argparse.Namespace) -> str:
         words += ["--steps", str(args.steps)]
     if args.lengths is not None:
         words += ["--lengths", args.lengths]
+    if args.samples is not None:
+        words += ["--samples", str(args.samples)]
+    if args.data is not None:
+        words += ["--data", "DATA"]  # where it lies says nothing
+    if args.adapter is not None:
+        words += ["--adapter", Path(args.adapter).name]
     return shlex.join(words)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import islice
 from pathlib import Path
 
 from transformerfam import report
@@ -30,6 +31,51 @@ def figure1(folder: Path, command: str) -> Page:
         "which tests compare each with a plain definition.",
         "",
         f"![Attention patterns]({picture.name})",
+    ]
+    return page
+
+
+def figure11(folder: Path, command: str, adapter: str | None = None) -> Page:
+    """Figure 11: what block queries and FAM queries look at, in the default model."""
+    from transformerfam.attention_maps import draw_attention_maps
+    from transformerfam.inspection import inspect_stream
+    from transformerfam.models import load
+    from transformerfam.text import TokenIds, language_reference
+
+    config = FamConfig(block_size=256, memory_segments=1, fam_length=8)
+    model, tokenizer = load(adapter=adapter, config=None if adapter else config)
+    ids = list(islice(TokenIds(tokenizer, [language_reference()]), 6 * model.fam_config.block_size))
+    found = inspect_stream(model, ids, baseline=False)
+    picture = folder / "figure11.png"
+    draw_attention_maps(picture, found)
+    B = found.config.block_size
+    rows = []
+    for layer in found.layers:
+        block = layer.written_by_slot[-B:]
+        few = block.sort(0, descending=True).values[: B // 10].sum(0) / block.sum(0)
+        rows.append(
+            [
+                str(layer.layer),
+                f"{layer.shares[B:, 2].mean():.3f}",
+                f"{layer.shares[-B:, 2].mean():.3f}",
+                f"{few.mean():.2f}",
+            ]
+        )
+    header = ["layer", "read from FAM", "in the last block", "by a tenth of the block's tokens"]
+    page = Page("figure11", ["# Figure 11: attention maps with FAM", "", f"    {command}", ""])
+    page.pictures.append(picture)
+    page.lines += [
+        f"SmolLM2-135M-Instruct, {'trained' if adapter else 'nothing trained'}, reads {len(ids):,} "
+        f"tokens of the Python language reference in blocks of {B:,} with {found.config.fam_length} "
+        "feedback slots. The paper: block queries read FAM throughout; FAM queries pick few block "
+        "positions.",
+        "",
+        f"![Attention maps]({picture.name})",
+        "",
+        "The share of tokens' attention that goes to FAM from block 1 on; and of what FAM queries give "
+        "to the last block, the share that the tenth of its tokens gets that gets most.",
+        "",
+        markdown_table(header, rows),
     ]
     return page
 
@@ -143,6 +189,7 @@ def _papers_ratios() -> list[tuple[str, float]]:
 MACHINE: dict[str, Callable[[Path, str], Page]] = {
     "figure1": figure1,
     "figure2": figure1,
+    "figure11": figure11,
     "table3": table3,
     "table4": table3,
     "table10": table10,

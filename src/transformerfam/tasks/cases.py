@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 from transformerfam.data.haystack import Haystack
@@ -104,7 +105,11 @@ class Case:
     @property
     def label(self) -> str:
         """The task and what tells its cases apart, but for the axis."""
-        others = [str(v) for k, v in self.setting.items() if k != self.axis and v is not None]
+        others = [
+            Path(v).name if k == "data" else str(v)
+            for k, v in self.setting.items()
+            if k != self.axis and v is not None
+        ]
         return " ".join([self.task, *others])
 
 

@@ -1,0 +1,203 @@
+"""What a pretrained model does with its memory on real data: tables 1, 2, 11 and 12, and more.
+
+Data is a folder that people bring: `books/` and `proofs/` (texts), `longqa/` (rows as of L-Eval),
+`tasks/` (GPT-3's tasks in llm-foundry's files), `babi/` (bAbI's). What is not there is not asked.
+Four readers of the same weights answer: the model as it is, its windows without and with sinks
+(StreamingLLM), and full attention up to what it was trained for. Every answer is kept when it is
+given, so that what was stopped goes on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformerfam import answers, evaluate
+from transformerfam.config import FamConfig
+from transformerfam.data.files import plain_texts
+from transformerfam.errors import UserError
+from transformerfam.plots import draw_curves
+from transformerfam.reproduction.page import Page, markdown_table, papers_tables
+from transformerfam.tasks import TASKS, Case, Wanted
+
+# A memory that was not trained, for a look without an adapter.
+UNTRAINED = FamConfig(block_size=256, memory_segments=1, fam_length=8)
+READERS = ("model", "bswa", "sinks", "full")
+_HIDDEN = ("passkey", "passkey-middle", "passkey-late", "passkey-3", "babilong-qa1", "babilong-qa2")
+_GPT3 = {
+    "gpt3-arc-challenge": "arc_challenge",
+    "gpt3-arc-easy": "arc_easy",
+    "gpt3-openbookqa": "openbook_qa",
+    "gpt3-piqa": "piqa",
+    "gpt3-winograd": "winograd_wsc",
+    "gpt3-winogrande": "winogrande",
+    "gpt3-lambada": "lambada_openai",
+    "gpt3-triviaqa": "triviaqa_sm_sub",
+}
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How much is asked.
+
+    Attributes:
+        lengths: of texts that something is hidden in, in tokens.
+        hidden: texts at each length.
+        documents: of each kind.
+        most_tokens: documents are cut here.
+        long: questions of each file of `longqa/`.
+        rows: of each file of `tasks/`.
+    """
+
+    lengths: tuple[int, ...] = (1024, 4096, 16_384, 65_536, 131_072)
+    hidden: int = 10
+    documents: int = 6
+    most_tokens: int = 262_144
+    long: int = 20
+    rows: int = 300
+
+
+def hidden(data: Path, tokenizer: Any, sizes: Sizes) -> list[Case]:
+    """Keys and facts in long prose: the books, or the Python language reference."""
+    from transformerfam.text import language_reference
+
+    filler = plain_texts(str(data / "books")) if (data / "books").is_dir() else []
+    wanted = Wanted(
+        tokenizer,
+        sizes.lengths,
+        sizes.hidden,
+        filler=filler or [language_reference()],
+        data={"babilong": str(data / "babi")} if (data / "babi").is_dir() else {},
+    )
+    return [case for name in _HIDDEN for case in TASKS[name].cases(wanted)]
+
+
+def documents(data: Path, tokenizer: Any, sizes: Sizes) -> list[Case]:
+    """Whole books and formal proofs, by place."""
+    return [
+        case
+        for name in ("books", "proofs")
+        if (data / name).is_dir()
+        for case in TASKS["documents"].cases(
+            Wanted(
+                tokenizer,
+                samples=sizes.documents,
+                data={"documents": str(data / name)},
+                most_tokens=sizes.most_tokens,
+            )
+        )
+    ]
+
+
+def long_questions(data: Path, tokenizer: Any, sizes: Sizes) -> list[Case]:
+    """Questions about long documents, and summaries."""
+    return [
+        case
+        for file in sorted((data / "longqa").glob("*.jsonl"))
+        for case in TASKS["longqa"].cases(
+            Wanted(tokenizer, samples=sizes.long, data={"longqa": str(file)})
+        )
+    ]
+
+
+def gpt3(data: Path, tokenizer: Any, sizes: Sizes) -> list[Case]:
+    """GPT-3's tasks."""
+    found = {name: data / "tasks" / f"{file}.jsonl" for name, file in _GPT3.items()}
+    here = {name: str(path) for name, path in found.items() if path.exists()}
+    wanted = Wanted(tokenizer, samples=sizes.rows, data=here)
+    return [case for name in here for case in TASKS[name].cases(wanted)]
+
+
+Group = Callable[[Path, Any, Sizes], list[Case]]
+# heading -> what is asked
+GROUPS: dict[str, Group] = {
+    "Keys and facts in long prose": hidden,
+    "Whole documents": documents,
+    "Questions about long documents, and summaries": long_questions,
+    "GPT-3's tasks": gpt3,
+}
+# name of an item -> (title, its groups, tables of the paper beside it)
+ITEMS: dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
+    "results": (
+        "A pretrained model and its memory on real data",
+        tuple(GROUPS),
+        ("table01_lct_8b_24b", "table02_gpt3_summary"),
+    ),
+    "table2": (
+        "Tables 2 and 12: GPT-3's tasks",
+        ("GPT-3's tasks",),
+        ("table02_gpt3_summary", "table12_gpt3"),
+    ),
+}
+ITEMS["table12"] = ITEMS["table2"]
+
+
+def cases_of(name: str, data: Path, tokenizer: Any, sizes: Sizes) -> dict[str, list[Case]]:
+    """Heading -> cases, for the data at hand.
+
+    Raises:
+        UserError: if there is nothing of the item's.
+    """
+    groups = {title: GROUPS[title](data, tokenizer, sizes) for title in ITEMS[name][1]}
+    if not any(groups.values()):
+        raise UserError(
+            f"{data} has nothing of {name}; it needs folders such as tasks/ or books/, see "
+            "docs/evaluation.md."
+        )
+    return {title: cases for title, cases in groups.items() if cases}
+
+
+def ask(
+    model: Any, cases: Sequence[Case], folder: Path
+) -> Iterator[tuple[int, int, evaluate.Ask, evaluate.Line]]:
+    """Put all questions to all readers; (answers given, of how many, question, answer)."""
+    readers = evaluate.readers(model, READERS, full_limit=None)
+    results = evaluate.Results(folder, readers, seed=0)
+    todo = [each for each in evaluate.plan(readers, cases) if each.key not in results.done]
+    for done, (asked, line) in enumerate(evaluate.evaluate(todo, results), 1):
+        yield done, len(todo), asked, line
+
+
+def results_page(
+    name: str,
+    groups: dict[str, list[Case]],
+    lines: Sequence[evaluate.Line],
+    command: str,
+    about: str,
+    folder: Path,
+) -> Page:
+    """The page: a table for each group, a picture of what has a length or place."""
+    title, _, tables = ITEMS[name]
+    page = Page(name, [f"# {title}", "", f"    {command}", "", about, ""])
+    panels = answers.panels_of(lines)
+    if panels:
+        picture = folder / f"{name}.png"
+        marks: dict[str, dict[str, float]] = {panel: {} for panel in panels}
+        draw_curves(picture, panels, x="tokens", y="share right", marks=marks)
+        page.pictures.append(picture)
+        page.lines += [f"![Share right by tokens]({picture.name})", ""]
+    page.lines += [
+        "Mean and standard error; `bswa`: the model's windows without feedback, `sinks`: the same with "
+        "attention sinks, `full`: full attention, up to the length it was trained for.",
+        "",
+    ]
+    for heading, cases in groups.items():
+        page.lines += [f"## {heading}", ""]
+        page.lines += [markdown_table(*answers.table_of(lines, cases, READERS)), ""]
+    page.lines += papers_tables(tables)
+    return page
+
+
+def describe(model: Any, adapter: str | None) -> str:
+    """Who is asked, in a sentence."""
+    config: FamConfig = model.fam_config
+    memory = f"{config.fam_length} feedback slots" if config.has_feedback else "no feedback memory"
+    with_adapter = f" with the adapter {adapter}" if adapter else ", nothing trained"
+    return (
+        f"{Path(str(model.config._name_or_path)).name}{with_adapter}: blocks of "
+        f"{config.block_size:,}, {config.memory_segments} memory segments, {memory}, "
+        f"{config.sink_tokens} sinks. Texts of one block are read alike by all readers: the first "
+        "block sees no FAM, and lies in every window."
+    )
