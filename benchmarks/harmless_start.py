@@ -26,8 +26,8 @@ KEPT = {**GEOMETRY, "first_residual": "prompt"}
 # name: (geometry, what the prompt starts from, settings of [feedback])
 WAYS: dict[str, tuple[dict[str, Any], str, dict[str, Any]]] = {
     "BSWA": ({**GEOMETRY, "fam_length": 0}, "vocabulary", {}),
-    "kept, start token": (KEPT, "start", {}),
     "kept, start token, bias from -32": (KEPT, "start", {"bias_start": -32.0}),
+    "kept, start token": (KEPT, "start", {}),
     "paper": ({**GEOMETRY, "first_residual": "zero"}, "vocabulary", {}),
 }
 # The part of the steps over which a bias rises.

@@ -75,7 +75,7 @@ M0, M1, M2, M4 = (Variant(f"M{m}", _windows(m)) for m in (0, 1, 2, 4))
 _ABLATION = Experiment(
     variants=(),
     asked=("1 start",),
-    steps=600,
+    steps=400,
     most_blocks=3,
     lengths=_NEAR,
     shape=_SHAPE,
@@ -248,7 +248,7 @@ ITEMS: dict[str, Item] = {
                 Variant(f"base {base:,}", _fam(), model={"rope_theta": float(base)})
                 for base in (100, 1000, 100_000)
             ),
-            Variant("passing 0.5", _fam(), {"state_passing": 0.5, "state_passing_delay": 300}),
+            Variant("passing 0.5", _fam(), {"state_passing": 0.5, "state_passing_delay": 200}),
             Variant("offset 0.5", _fam(), {"position_offset": 0.5}),
             Variant("zero", _fam(fam_position="zero"), {"position_offset": 0.5}),
             Variant("prefix", _fam(fam_start="prefix")),
@@ -271,7 +271,7 @@ ITEMS: dict[str, Item] = {
         experiment=_ablation(
             FAM,
             *(
-                Variant(f"p = {p:g}", _fam(), {"state_passing": p, "state_passing_delay": 300})
+                Variant(f"p = {p:g}", _fam(), {"state_passing": p, "state_passing_delay": 200})
                 for p in (0.2, 0.5, 0.8, 1.0)
             ),
         ),
@@ -305,7 +305,7 @@ ITEMS: dict[str, Item] = {
                 Variant("FAM", _fam(memory_segments=1)),
             ),
             asked=("text",),
-            steps=500,
+            steps=300,
             most_blocks=8,
             lengths=(1, 2, 4, 8, 16, 32, 64, 128),
             shape=Shape(width=64, layers=2, block=32, digits=0, rows=16),
