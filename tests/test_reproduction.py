@@ -164,7 +164,7 @@ ITS = Experiment(
     variants=(Variant("M1", {"fam_length": 0}), Variant("FAM", {"memory_segments": 0})),
     asked=("1 start",),
     steps=1,
-    most_blocks=2,
+    longest=2,
     lengths=(2, 4, 200),
     shape=SHAPE,
     optimizer={},
@@ -264,6 +264,41 @@ def test_small_runs_are_recipes() -> None:
     assert recipe.fam == scales.paper_geometry(ITS.variants[1], block=256)
     with pytest.raises(UserError, match="smollm2-memory"):
         list(scales.small_plan(ITEMS["table11"].experiment, [0], lengths=None, steps=None))
+
+
+@pytest.mark.parametrize("name", ITEMS)
+def test_every_item_has_its_larger_scales_or_is_refused(name: str, tmp_path: Path) -> None:
+    item = ITEMS[name]
+    for variant in scales.distinct(item.experiment):
+        assert scales.paper_geometry(variant).block_size == 1024
+    if item.experiment.asked != ("1 start",):
+        with pytest.raises(UserError, match="fam eval --tasks"):
+            list(scales.small_plan(item.experiment, [0], lengths=None, steps=None))
+        return
+    planned = list(scales.small_plan(item.experiment, [0], lengths=[2048, 32_768], steps=None))
+    runs = [json.dumps(each.run) for each in planned]
+    assert len(set(runs)) == len(runs)
+    for each in planned:
+        recipe = Recipe.load(find("passkey"), scales.small_overrides(each.run))
+        assert recipe.fam == FamConfig.from_dict(each.run["fam"])
+        assert recipe.data.length == scales.SMALL_LONGEST
+    answers = {"accuracy": {"1 start": {"2048": 1.0, "32768": 0.5}}, "last_loss": 1, "seconds": 60}
+    found = [(each, answers) for each in planned]
+    made = page.item_page(name, scales.small_item(item), found, "fam reproduce", tmp_path)
+    text = "\n".join(made.lines)
+    assert "| tokens | 2048 | 32768 |" in text and "texts of up to 18,432 tokens" in text
+    assert "blocks read" not in text and "from scratch" not in text and "digits" not in text
+
+
+def test_variants_that_differ_as_toys_alone_are_one_at_larger_scales() -> None:
+    names = [variant.name for variant in scales.distinct(ITEMS["figure3a"].experiment)]
+    assert names == ["M0", "M1_SG", "M1", "M2", "M4", "FAM"]
+
+
+def test_what_variants_are_compared_by_is_off_in_the_others() -> None:
+    planned = scales.small_plan(ITEMS["figure6"].experiment, [0], lengths=None, steps=None)
+    passing = {each.variant: each.run["feedback"]["state_passing"] for each in planned}
+    assert passing == {"FAM": 0, "p = 0.2": 0.2, "p = 0.5": 0.5, "p = 0.8": 0.8, "p = 1": 1.0}
 
 
 def test_a_model_of_the_paper_is_counted_and_estimated() -> None:

@@ -72,7 +72,7 @@ def test_the_command_lists_all_for_a_shape(fam: Run, folder: str) -> None:
     code, shown, _ = fam("variants", "--json", "--model", folder, "--dtype", "bfloat16")
     found = {line["name"]: line for line in json.loads(shown)}
     growing = {name for name, line in found.items() if line["grows"]}
-    assert growing == {"full attention", "BigBird", "Sparse Transformer"}
+    assert growing == {"full attention", "BigBird", "Sparse Transformer", "AutoCompressor"}
     shape = ModelShape(3, 0, 0, 32, 16, 32, 8)
     assert found["SUM FAM"]["state_bytes"] == state_bytes(
         FamConfig.paper(fam_query="static"), shape, 65536, 2

@@ -119,7 +119,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _page(name: str, args: argparse.Namespace, folder: Path) -> Page:
-    from transformerfam.reproduction import page
+    from transformerfam.reproduction import page, scales
     from transformerfam.reproduction.items import ITEMS
     from transformerfam.reproduction.machine import MACHINE, paper_page
 
@@ -130,6 +130,8 @@ def _page(name: str, args: argparse.Namespace, folder: Path) -> Page:
     if args.scale == "paper":
         return paper_page(name, item, command)
     found = _found(name, args, folder)
+    if args.scale == "small":
+        name, item = f"{name}-small", scales.small_item(item)
     page.write_numbers(folder / f"{name}.json", found)
     return page.item_page(name, item, found, command, folder)
 
