@@ -128,7 +128,11 @@ def test_runs_that_are_done_are_not_done_again(tmp_path: Path) -> None:
     assert not any(kept for _, _, kept in first)
     again = list(results_of(runs, count_calls, file, workers=1))
     assert all(kept for _, _, kept in again)
-    file.write_text("no results\n")
+    file.write_text('{"run": {"n"')  # killed while it wrote the first of all
+    assert not next(results_of(runs, count_calls, file, workers=1))[2]
+    with pytest.raises(UserError, match="cannot be read"):
+        list(results_of(runs, count_calls, tmp_path, workers=1))
+    file.write_bytes(b"no results \xff\n")
     with pytest.raises(UserError, match="move it away"):
         list(results_of(runs, count_calls, file, workers=1))
 
@@ -206,6 +210,7 @@ def test_the_page_shows_spread_reach_and_what_the_paper_says(tmp_path: Path) -> 
     made = page.item_page("table6", item, found((2, 200), (2, 4)), "fam reproduce table6", tmp_path)
     text = "\n".join(made.lines)
     assert "FAM makes no mistake in any seed up to 4 blocks, 2 times" in text
+    assert "held did so in each of 2 seeds" in text and "once in 4 times" in text
     assert "| FAM | 1.00 | 1.00 | 0.50 (0.00–1.00) |" in text
     assert "The paper: FAM holds." in text and "| 6 | 16.2 |" in text
     markdown, html = made.write(tmp_path)
@@ -378,3 +383,24 @@ def test_what_cannot_be_done_is_refused(
     code = cli.main(["reproduce", *wrong, "--out", str(tmp_path)])
     shown = capsys.readouterr()
     refused((code, shown.out, shown.err), "--lengths" if len(wrong) > 1 else "table99")
+
+
+def test_a_folder_that_cannot_be_written_to_is_refused_before_anything_is_trained(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("os.access", lambda path, mode: False)  # to root all folders are open
+    code = cli.main(["reproduce", "table8", "--out", str(tmp_path)])
+    shown = capsys.readouterr()
+    refused((code, shown.out, shown.err), "can be written in the folder", "--out")
+
+
+def test_all_goes_on_after_an_item_that_a_scale_does_not_have(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("transformerfam.reproduction.items.ITEMS", {"anywhere": ITEMS["anywhere"]})
+    monkeypatch.setattr(
+        "transformerfam.reproduction.machine.MACHINE", {"table10": MACHINE["table10"]}
+    )
+    assert cli.main(["reproduce", "all", "--scale", "small", "--out", str(tmp_path)]) == 0
+    assert "anywhere is left out: At the scale small" in capsys.readouterr().err
+    assert (tmp_path / "table10.md").exists()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import os
 import shlex
+import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -104,9 +106,17 @@ def run(args: argparse.Namespace) -> int:
     except OSError as error:
         reason = (error.strerror or str(error)).lower()
         raise UserError(f"The folder {folder} cannot be made: {reason}.") from None
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise UserError(f"Nothing can be written in the folder {folder}; name another with --out.")
     for name in names:
         began = time.monotonic()
-        page = _page(name, args, folder)
+        try:
+            page = _page(name, args, folder)
+        except UserError as error:
+            if args.items != ["all"]:
+                raise
+            print(f"{name} is left out: {error}", file=sys.stderr)
+            continue
         paths = page.write(folder)
         print("\n".join(page.lines))
         print(

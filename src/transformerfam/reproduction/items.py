@@ -37,7 +37,7 @@ class Item:
         title: what it is in the paper.
         about: what is compared here, in place of what the paper compares.
         experiment: what is trained and asked.
-        claims: what the paper says of it.
+        claims: what is judged. Where the paper says otherwise, or nothing, `said` and `about` tell.
         paper: tables of the paper to show beside it.
         said: what the paper says of a curve that has no printed values.
     """

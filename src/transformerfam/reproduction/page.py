@@ -159,6 +159,12 @@ def item_page(name: str, item: Item, found: Found, command: str, folder: Path) -
     verdicts = reach_of(its, first) if its.kind == "passkey" else []
     verdicts += [judge(claim, its, curves[claim.asked or its.asked[0]]) for claim in item.claims]
     page.lines += ["## What held here", "", *(f"- {line}" for line in verdicts), ""]
+    if len(seeds) > 1 and item.claims:
+        page.lines += [
+            f"What held did so in each of {len(seeds)} seeds. Of two variants that are equally good, "
+            f"one does better in each of them once in {2 ** len(seeds)} times.",
+            "",
+        ]
     if item.said:
         page.lines += [f"The paper: {item.said}", ""]
     picture = folder / f"{name}.png"
