@@ -187,5 +187,7 @@ def test_without_weights_nothing_is_computed(monkeypatch: pytest.MonkeyPatch) ->
 def test_refuses_weights_that_mean_nothing() -> None:
     with pytest.raises(UserError, match="diversity_weight must be at least 0"):
         recipe(diversity_weight=-1.0)
+    with pytest.raises(UserError, match=r'under fam\.recurrence="rmt" there is none'):
+        recipe(fam={"recurrence": "rmt", "memory_segments": 0}, reconstruction_weight=1.0)
     with pytest.raises(UserError, match="fam_length=1 has only one"):
         recipe(fam={"fam_length": 1}, diversity_weight=1.0)

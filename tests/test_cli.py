@@ -139,6 +139,32 @@ def test_info_tells_sizes_and_costs(fam: Run, folder: str, tmp_path: Path, book:
     assert all(1 < c["over_no_feedback"] < 2 for c in facts["cost"])
 
 
+def test_info_counts_a_prefix_and_a_memory_that_grows(
+    fam: Run, folder: str, book: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prefix = json.loads(
+        fam("info", folder, *["--fam-length", "4", "--fam-start", "prefix", "--json"])[1]
+    )
+    assert prefix["prompt_parameters"] == 3 * 4 * 32
+    grows = [
+        "--block-size",
+        "16",
+        "--memory-segments",
+        "0",
+        "--fam-length",
+        "4",
+        "--recurrence",
+        "autocompressor",
+    ]
+    assert cli.main(["info", folder, *grows]) == 0
+    shown = capsys.readouterr().out
+    assert "in the first block, and it grows with the text" in shown
+    lengths = shown.splitlines()[-2:]
+    assert lengths[0].split()[-4:-2] != lengths[1].split()[-4:-2]  # 12.3 MB  45.6 MB
+    assert cli.main(["read", book, "--model", folder, *grows]) == 0
+    assert ", and it grows with the text" in capsys.readouterr().out
+
+
 def test_info_about_a_memory(fam: Run, book: str, tmp_path: Path) -> None:
     saved = str(tmp_path / "book.fam")
     fam("read", book, "--save", saved, "--max-tokens", "50")

@@ -75,6 +75,16 @@ def test_the_observer_is_told_of_every_layer_and_block() -> None:
     assert [(s.layer, s.block) for s in seen] == expected
 
 
+@pytest.mark.parametrize("name", ["feedback segments", "compressive", "bswa"])
+def test_it_is_told_of_other_memories_of_past_blocks(name: str) -> None:
+    """Whoever looks at attention sees as many queries of each layer as tokens were read."""
+    seen = attentions(model_of(VARIANTS[name]), TOKENS[:18], 18)
+    for layer in range(3):
+        outputs = [s.output for s in seen if s.layer == layer and s.block is None]
+        assert sum(len(output) * output.shape[2] for output in outputs) == 18
+    assert len(seen) == 3 * (3 if name == "feedback segments" else 1)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_an_observer_changes_nothing_in_any_family(family: str) -> None:
     model = model_of(family=family, dtype=torch.float32)  # experts know no float64
@@ -261,6 +271,8 @@ def test_maps_stay_within_their_cells_and_there_is_always_one() -> None:
 def test_what_cannot_be_inspected_is_refused_in_a_sentence() -> None:
     with pytest.raises(UserError, match="no feedback memory to look into"):
         shown(CONFIG.without_feedback())
+    with pytest.raises(UserError, match="Under recurrence='rmt' memory tokens stand among"):
+        shown(CONFIG.changed(recurrence="rmt", memory_segments=0, sink_tokens=0))
     with pytest.raises(UserError, match=r"has 5 tokens, less than one block of 6"):
         inspect_stream(model_of(), TOKENS[:5])
     for layers in ([3], [-1], []):

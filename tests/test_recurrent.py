@@ -20,6 +20,7 @@ from oracle import make_exact
 from torch import Tensor
 
 from transformerfam import FamConfig, Memory, convert, evaluate
+from transformerfam.auxiliary import FeedbackLosses
 from transformerfam.conversion import reconfigure
 from transformerfam.data.examples import Example
 from transformerfam.stream import absorb, generate, read
@@ -365,6 +366,9 @@ def test_what_cannot_be_is_refused_with_one_sentence(kind: str) -> None:
         model(ids, attention_mask=mask)
     with pytest.raises(ValueError, match="output_hidden_states is not there"):
         model(ids, output_hidden_states=True)
+    for looks in ({"fam_losses": FeedbackLosses(1.0)}, {"fam_observer": lambda seen: None}):
+        with pytest.raises(ValueError, match="fam_losses and fam_observer look at the FAM of each"):
+            model(ids, **looks)
     memory = Memory.for_model(model, 2)
     with torch.no_grad():
         model(ids, past_key_values=memory)

@@ -131,7 +131,11 @@ def test_runs_that_are_done_are_not_done_again(tmp_path: Path) -> None:
     assert not any(kept for _, _, kept in first)
     again = list(results_of(runs, count_calls, file, workers=1))
     assert all(kept for _, _, kept in again)
-    file.write_text("no results\n")
+    file.write_text('{"run": {"n"')  # killed while it wrote the first of all
+    assert not next(results_of(runs, count_calls, file, workers=1))[2]
+    with pytest.raises(UserError, match="cannot be read"):
+        list(results_of(runs, count_calls, tmp_path, workers=1))
+    file.write_bytes(b"no results \xff\n")
     with pytest.raises(UserError, match="move it away"):
         list(results_of(runs, count_calls, file, workers=1))
 
@@ -167,7 +171,7 @@ ITS = Experiment(
     variants=(Variant("M1", {"fam_length": 0}), Variant("FAM", {"memory_segments": 0})),
     asked=("1 start",),
     steps=1,
-    most_blocks=2,
+    longest=2,
     lengths=(2, 4, 200),
     shape=SHAPE,
     optimizer={},
@@ -209,6 +213,7 @@ def test_the_page_shows_spread_reach_and_what_the_paper_says(tmp_path: Path) -> 
     made = page.item_page("table6", item, found((2, 200), (2, 4)), "fam reproduce table6", tmp_path)
     text = "\n".join(made.lines)
     assert "FAM makes no mistake in any seed up to 4 blocks, 2 times" in text
+    assert "held did so in each of 2 seeds" in text and "once in 4 times" in text
     assert "| FAM | 1.00 | 1.00 | 0.50 (0.00–1.00) |" in text
     assert "The paper: FAM holds." in text and "| 6 | 16.2 |" in text
     markdown, html = made.write(tmp_path)
@@ -267,6 +272,41 @@ def test_small_runs_are_recipes() -> None:
     assert recipe.fam == scales.paper_geometry(ITS.variants[1], block=256)
     with pytest.raises(UserError, match="smollm2-memory"):
         list(scales.small_plan(ITEMS["table11"].experiment, [0], lengths=None, steps=None))
+
+
+@pytest.mark.parametrize("name", ITEMS)
+def test_every_item_has_its_larger_scales_or_is_refused(name: str, tmp_path: Path) -> None:
+    item = ITEMS[name]
+    for variant in scales.distinct(item.experiment):
+        assert scales.paper_geometry(variant).block_size == 1024
+    if item.experiment.asked != ("1 start",):
+        with pytest.raises(UserError, match="fam eval --tasks"):
+            list(scales.small_plan(item.experiment, [0], lengths=None, steps=None))
+        return
+    planned = list(scales.small_plan(item.experiment, [0], lengths=[2048, 32_768], steps=None))
+    runs = [json.dumps(each.run) for each in planned]
+    assert len(set(runs)) == len(runs)
+    for each in planned:
+        recipe = Recipe.load(find("passkey"), scales.small_overrides(each.run))
+        assert recipe.fam == FamConfig.from_dict(each.run["fam"])
+        assert recipe.data.length == scales.SMALL_LONGEST
+    answers = {"accuracy": {"1 start": {"2048": 1.0, "32768": 0.5}}, "last_loss": 1, "seconds": 60}
+    found = [(each, answers) for each in planned]
+    made = page.item_page(name, scales.small_item(item), found, "fam reproduce", tmp_path)
+    text = "\n".join(made.lines)
+    assert "| tokens | 2048 | 32768 |" in text and "texts of up to 18,432 tokens" in text
+    assert "blocks read" not in text and "from scratch" not in text and "digits" not in text
+
+
+def test_variants_that_differ_as_toys_alone_are_one_at_larger_scales() -> None:
+    names = [variant.name for variant in scales.distinct(ITEMS["figure3a"].experiment)]
+    assert names == ["M0", "M1_SG", "M1", "M2", "M4", "FAM"]
+
+
+def test_what_variants_are_compared_by_is_off_in_the_others() -> None:
+    planned = scales.small_plan(ITEMS["figure6"].experiment, [0], lengths=None, steps=None)
+    passing = {each.variant: each.run["feedback"]["state_passing"] for each in planned}
+    assert passing == {"FAM": 0, "p = 0.2": 0.2, "p = 0.5": 0.5, "p = 0.8": 0.8, "p = 1": 1.0}
 
 
 def test_a_model_of_the_paper_is_counted_and_estimated() -> None:
@@ -414,3 +454,24 @@ def test_figure_11_shows_what_queries_look_at(
     text = (tmp_path / "figure11.md").read_text()
     assert (tmp_path / "figure11.png").read_bytes()[:4] == b"\x89PNG"
     assert "nothing trained" in text and "| layer | read from FAM |" in text
+
+
+def test_a_folder_that_cannot_be_written_to_is_refused_before_anything_is_trained(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("os.access", lambda path, mode: False)  # to root all folders are open
+    code = cli.main(["reproduce", "table8", "--out", str(tmp_path)])
+    shown = capsys.readouterr()
+    refused((code, shown.out, shown.err), "can be written in the folder", "--out")
+
+
+def test_all_goes_on_after_an_item_that_a_scale_does_not_have(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("transformerfam.reproduction.items.ITEMS", {"anywhere": ITEMS["anywhere"]})
+    monkeypatch.setattr(
+        "transformerfam.reproduction.machine.MACHINE", {"table10": MACHINE["table10"]}
+    )
+    assert cli.main(["reproduce", "all", "--scale", "small", "--out", str(tmp_path)]) == 0
+    assert "anywhere is left out: At the scale small" in capsys.readouterr().err
+    assert (tmp_path / "table10.md").exists()

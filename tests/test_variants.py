@@ -13,7 +13,7 @@ from families import some_tokens, tiny
 from transformerfam import FamConfig, Memory, convert, variants
 from transformerfam.commands.info import model_shape
 from transformerfam.cost import SMOLLM2, ModelShape, state_bytes
-from transformerfam.training.recipe import Recipe, changed
+from transformerfam.training.recipe import Recipe, find
 from transformerfam.variants import VARIANTS, Variant
 
 B = 8
@@ -29,9 +29,8 @@ def test_names_are_different_and_so_are_settings() -> None:
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: v.name)
 def test_its_settings_are_those_of_a_recipe(variant: Variant) -> None:
-    # As on the command line of `fam train`, on what the paper has.
-    table = {"fam": {"first_residual": "zero", "sink_tokens": 0}}
-    recipe = Recipe.from_dict(changed(table, variant.settings.split()))
+    # As `fam variants` says: fam train paper SETTINGS.
+    recipe = Recipe.load(find("paper"), ["data.sources.0.path=x", *variant.settings.split()])
     assert recipe.fam == variant.config(FamConfig.paper())
     assert all(getattr(recipe.feedback, n) == value for n, value in variant.feedback.items())
 
@@ -73,7 +72,7 @@ def test_the_command_lists_all_for_a_shape(fam: Run, folder: str) -> None:
     code, shown, _ = fam("variants", "--json", "--model", folder, "--dtype", "bfloat16")
     found = {line["name"]: line for line in json.loads(shown)}
     growing = {name for name, line in found.items() if line["grows"]}
-    assert growing == {"full attention", "BigBird", "Sparse Transformer"}
+    assert growing == {"full attention", "BigBird", "Sparse Transformer", "AutoCompressor"}
     shape = ModelShape(3, 0, 0, 32, 16, 32, 8)
     assert found["SUM FAM"]["state_bytes"] == state_bytes(
         FamConfig.paper(fam_query="static"), shape, 65536, 2

@@ -253,19 +253,6 @@ class TokenPass:
         places = places.clamp(max=nb * L - 1)[..., None, None].expand(len(out), -1, *out.shape[2:])
         return out.gather(1, places) * real
 
-    @property
-    def _queries_in_place(self) -> bool:
-        """Whether the new tokens are the grid of queries as they stand."""
-        return self.plan.whole_blocks or (self.plan.blocks == 1 and self.plan.valid is None)
-
-    def _query_grid(self, query: Tensor) -> Tensor:
-        """Queries (R, H, T, D) by blocks, (R, nb, H, L, D)."""
-        plan = self.plan
-        if not self._queries_in_place:
-            columns = self.call.index("query columns", lambda: plan.query_columns[0], query)
-            query = columns_of(query, columns)
-        return query.unflatten(2, (plan.blocks, plan.queries)).transpose(1, 2)
-
     def _mask(self, window: int | None, like: Tensor) -> AttentionMask:
         bias = self.plan.key_bias()
         seen = self.plan.visible(window).to(like.device)

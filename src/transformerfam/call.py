@@ -38,8 +38,9 @@ class Attended:
 
     Attributes:
         layer: index of the layer.
-        block: None if the call's tokens asked, all blocks at once; j if the FAM queries did that
-            compress block j of the call.
+        block: None if the call's tokens asked, all blocks at once (with `memory_source="output"`
+            one after the other, each told of by itself); j if the FAM queries did that compress
+            block j of the call.
         plan: of the call. `plan.key_regions` says what the keys are that tokens see; those of FAM
             queries are the N of FAM and then the B of the block.
         query, key, value, mask, style: what was given to `attention.attend`.

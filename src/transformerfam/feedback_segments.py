@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from transformerfam.attention import AttentionMask, AttentionStyle, attend
+from transformerfam.attention import AttentionMask, AttentionStyle
 from transformerfam.blocks import TokenPass
 from transformerfam.feedback import projections
 from transformerfam.indexing import place
@@ -48,7 +48,9 @@ class FeedbackSegmentsPass(TokenPass):
         for j in range(plan.blocks):
             seen = self._seen(past, anchors, own, j)
             read.append(
-                attend(queries[:, j], seen.keys, seen.values, masks[j], style, self.config.backend)
+                self.call.attend(
+                    self.layer, None, queries[:, j], seen.keys, seen.values, masks[j], style
+                )
             )
             if j + 1 < plan.blocks or self.call.keep:
                 made = self._project_output(hidden[:, j, 0], read[j], j)

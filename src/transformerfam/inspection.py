@@ -198,6 +198,11 @@ def _checked(
             "This geometry has no feedback memory to look into; give it one with --fam-length, or "
             "load a model or adapter that has one."
         )
+    if config.through_stack:
+        raise UserError(
+            f"Under recurrence={config.recurrence!r} memory tokens stand among the text and layers "
+            "have no feedback memory to look into; inspect a model with recurrence='layer'."
+        )
     if len(ids) < config.block_size:
         raise UserError(
             f"The text has {len(ids):,} tokens, less than one block of {config.block_size:,}, so "

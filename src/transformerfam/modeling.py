@@ -93,6 +93,11 @@ class FamDecoder(Picklable):
         if memory is None and use_cache and not (self.training and self.gradient_checkpointing):
             memory = Memory(config, inputs.shape[0], len(layers_of(self)))
         if config.through_stack:
+            if fam_losses is not None or fam_observer is not None:
+                raise ValueError(
+                    "fam_losses and fam_observer look at the FAM of each layer, and under "
+                    f"recurrence={config.recurrence!r} there is none; leave them out."
+                )
             output = self._by_segments(config, memory, inputs, attention_mask, **kwargs)
             return output if return_dict is not False else output.to_tuple()
         call = self._call(config, memory, inputs, attention_mask, fam_losses, fam_observer)

@@ -62,6 +62,8 @@ def _windows(segments: int) -> Variant:
 
 
 _NO_FAM: dict[str, Any] = {"fam_length": 0}
+# The recipe `paper` passes F from step to step, which some have none of and some cannot begin with.
+_NO_PASSING: dict[str, Any] = {"state_passing": 0.0}
 
 VARIANTS: tuple[Variant, ...] = (
     # ---- windows and patterns, without feedback
@@ -159,6 +161,7 @@ VARIANTS: tuple[Variant, ...] = (
         f"{FAM_PAPER}, figure 9",
         "static summary: queries of the feedback slots stay the same, no residual copy",
         {"fam_query": "static"},
+        _NO_PASSING,
     ),
     Variant(
         "kept residual",
@@ -208,19 +211,21 @@ VARIANTS: tuple[Variant, ...] = (
         "arXiv 2207.06881",
         "memory tokens that the top layer writes enter the next block at the bottom",
         {"recurrence": "rmt", "memory_segments": 0},
+        _NO_PASSING,
     ),
     Variant(
         "AutoCompressor",
         "arXiv 2305.14788",
         "the same, and the summaries of all earlier blocks stay: it grows",
         {"recurrence": "autocompressor", "memory_segments": 0},
+        _NO_PASSING,
     ),
     # ---- training
     Variant(
         "without RSP",
         f"{FAM_PAPER}, B.2",
         "no step starts from the F of the step before",
-        feedback={"state_passing": 0.0},
+        feedback=_NO_PASSING,
     ),
     Variant(
         "without RPO",

@@ -144,7 +144,7 @@ def _model_facts(session: Session) -> dict[str, Any]:
         "dtype": str(model.dtype).removeprefix("torch."),
         "layers": shape.layers,
         "parameters": parameters,
-        "prompt_parameters": config.fam_length * model.config.get_text_config().hidden_size,
+        "prompt_parameters": config.prompt_rows(shape.layers) * shape.hidden_size,
         "trained": session.trained,
         "config": config.to_dict(),
         "receptive_field": config.receptive_field(shape.layers),
@@ -237,11 +237,18 @@ def _memory(session: Session, facts: dict[str, Any]) -> str:
     each = report.size(facts["full_attention_bytes_per_token"])
     if session.config.keeps_everything:
         return f"grows by {each} a token"
+    if session.config.slots is None:
+        return (
+            f"{report.size(facts['memory_bytes'])} in the first block, and it grows with the text"
+        )
     return f"{report.size(facts['memory_bytes'])}, after any length of text"
 
 
 def _cost_table(session: Session, facts: dict[str, Any]) -> str:
-    grows = session.config.keeps_everything
+    from transformerfam.cost import state_bytes
+
+    config, shape = session.config, model_shape(session.model)
+    number_bytes = session.model.dtype.itemsize
     header = [
         "tokens",
         "cost",
@@ -252,14 +259,18 @@ def _cost_table(session: Session, facts: dict[str, Any]) -> str:
     ]
     rows = []
     for cost in facts["cost"]:
-        full = facts["full_attention_bytes_per_token"] * cost["length"]
+        full = own = facts["full_attention_bytes_per_token"] * cost["length"]
+        if config.slots is not None:
+            own = facts["memory_bytes"]
+        elif config.through_stack:
+            own = state_bytes(config, shape, cost["length"], number_bytes)
         rows.append(
             [
                 report.tokens_short(cost["length"]),
                 report.short(cost["flops"]) + "FLOP",
                 f"{cost['over_no_feedback']:.3f}",
                 f"{cost['over_full_attention']:.3f}",
-                report.size(full if grows else facts["memory_bytes"]),
+                report.size(own),
                 report.size(full),
             ]
         )

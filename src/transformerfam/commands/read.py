@@ -333,7 +333,7 @@ class Reading:
         return text
 
     def _growth(self) -> str:
-        if self.session.config.keeps_everything:
+        if self.session.config.slots is None:
             return ", and it grows with the text"
         return ", after any length of text"
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import os
 import shlex
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -125,9 +127,17 @@ def run(args: argparse.Namespace) -> int:
     except OSError as error:
         reason = (error.strerror or str(error)).lower()
         raise UserError(f"The folder {folder} cannot be made: {reason}.") from None
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise UserError(f"Nothing can be written in the folder {folder}; name another with --out.")
     for name in names:
         began = time.monotonic()
-        page = _page(name, args, folder)
+        try:
+            page = _page(name, args, folder)
+        except UserError as error:
+            if args.items != ["all"]:
+                raise
+            print(f"{name} is left out: {error}", file=sys.stderr)
+            continue
         paths = page.write(folder)
         print("\n".join(page.lines))
         print(
@@ -140,7 +150,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _page(name: str, args: argparse.Namespace, folder: Path) -> Page:
-    from transformerfam.reproduction import page, results
+    from transformerfam.reproduction import page, results, scales
     from transformerfam.reproduction.items import ITEMS
     from transformerfam.reproduction.machine import MACHINE, figure11, paper_page
 
@@ -155,6 +165,8 @@ def _page(name: str, args: argparse.Namespace, folder: Path) -> Page:
     if args.scale == "paper":
         return paper_page(name, item, command)
     found = _found(name, args, folder)
+    if args.scale == "small":
+        name, item = f"{name}-small", scales.small_item(item)
     page.write_numbers(folder / f"{name}.json", found)
     return page.item_page(name, item, found, command, folder)
 

@@ -67,23 +67,25 @@ class Experiment:
         trained: (keys, where) of the texts that are trained on, in equal shares (`passkey`).
         asked: what is asked: "1 start", "3 late", .. (`passkey`), "text" (`text`).
         steps: of training.
-        most_blocks: of a text that is trained on; the fewest are 2.
-        lengths: asked at these lengths, in blocks.
+        longest: text that is trained on, in `unit`; the shortest toy has 2 blocks.
+        lengths: asked at these lengths, in `unit`.
         shape: of model and texts.
         optimizer: settings that differ from the recipe's defaults.
         count: texts asked at each length.
+        unit: `blocks` for toys, `tokens` for a pretrained model.
     """
 
     variants: tuple[Variant, ...]
     asked: tuple[str, ...]
     steps: int
-    most_blocks: int
+    longest: int
     lengths: tuple[int, ...]
     shape: Shape
     optimizer: Mapping[str, Any]
     kind: Kind = "passkey"
     trained: tuple[str, ...] = ("1 start",)
     count: int = 32
+    unit: Literal["blocks", "tokens"] = "blocks"
 
 
 @dataclass(frozen=True)
@@ -112,7 +114,7 @@ def plan(
                 "lengths": list(lengths or its.lengths),
                 "trained": list(its.trained),
                 "asked": list(its.asked),
-                "most_blocks": its.most_blocks,
+                "most_blocks": its.longest,
                 "count": its.count,
                 "shape": asdict(its.shape),
                 "fam": dict(variant.fam),

@@ -37,7 +37,7 @@ class Item:
         title: what it is in the paper.
         about: what is compared here, in place of what the paper compares.
         experiment: what is trained and asked.
-        claims: what the paper says of it.
+        claims: what is judged. Where the paper says otherwise, or nothing, `said` and `about` tell.
         paper: tables of the paper to show beside it.
         said: what the paper says of a curve that has no printed values.
     """
@@ -76,7 +76,7 @@ _ABLATION = Experiment(
     variants=(),
     asked=("1 start",),
     steps=400,
-    most_blocks=3,
+    longest=3,
     lengths=_NEAR,
     shape=_SHAPE,
     optimizer=_OPTIMIZER,
@@ -115,7 +115,7 @@ ITEMS: dict[str, Item] = {
             ),
             asked=("1 start",),
             steps=1000,
-            most_blocks=3,
+            longest=3,
             lengths=_FAR,
             shape=_SHAPE,
             optimizer=_OPTIMIZER,
@@ -140,7 +140,7 @@ ITEMS: dict[str, Item] = {
             trained=("1 anywhere", "3 anywhere"),
             asked=("1 late", "1 start", "3 late", "3 start"),
             steps=1500,
-            most_blocks=6,
+            longest=6,
             lengths=_FAR,
             shape=_SHAPE,
             optimizer=_OPTIMIZER,
@@ -306,7 +306,7 @@ ITEMS: dict[str, Item] = {
             ),
             asked=("text",),
             steps=300,
-            most_blocks=8,
+            longest=8,
             lengths=(1, 2, 4, 8, 16, 32, 64, 128),
             shape=Shape(width=64, layers=2, block=32, digits=0, rows=16),
             optimizer={"learning_rate": 3e-3, "weight_decay": 0.1, "schedule": "cosine"},

@@ -225,9 +225,7 @@ def paper_page(name: str, item: Item, command: str) -> Page:
 
 
 def _of_the_paper(its: Experiment) -> list[tuple[str, FamConfig]]:
-    return [
-        (v.name, scales.paper_geometry(v)) for v in its.variants if "architecture" not in v.model
-    ]
+    return [(v.name, scales.paper_geometry(v)) for v in scales.distinct(its)]
 
 
 def _estimates(variant: tuple[str, FamConfig], training: dict[str, int]) -> list[list[str]]:

@@ -80,14 +80,14 @@ def curves_of(its: Experiment, found: Found, asked: str) -> Curves:
     return {variant: seeds for variant, seeds in curves.items() if seeds}
 
 
-def table(curves: Curves) -> tuple[list[str], list[list[str]]]:
+def table(curves: Curves, unit: str) -> tuple[list[str], list[list[str]]]:
     """Header and rows: mean over seeds and, where seeds differ, lowest to highest."""
     lengths = sorted(next(iter(curves.values()))[0])
     rows = [
         [variant, *(_cell([seed[n] for seed in seeds]) for n in lengths)]
         for variant, seeds in curves.items()
     ]
-    return ["blocks", *map(str, lengths)], rows
+    return [unit, *map(str, lengths)], rows
 
 
 def _cell(values: Sequence[float]) -> str:
@@ -98,7 +98,7 @@ def _cell(values: Sequence[float]) -> str:
 
 def judge(claim: Claim, its: Experiment, curves: Curves) -> str:
     """Whether a claim held here, in one sentence."""
-    lengths = [n for n in next(iter(curves.values()))[0] if claim.within or n > its.most_blocks]
+    lengths = [n for n in next(iter(curves.values()))[0] if claim.within or n > its.longest]
     if not lengths or {claim.more, claim.less} - set(curves):
         return f"{claim.more} against {claim.less}: not measured."
     more, less = (
@@ -125,12 +125,12 @@ def reach_of(its: Experiment, curves: Curves) -> list[str]:
     for name, seeds in curves.items():
         worst = {n: min(seed[n] for seed in seeds) for n in seeds[0]}
         whole = _reached(worst, 0.995)
-        if whole > its.most_blocks:
+        if whole > its.longest:
             half = _reached(worst, 0.5)
             lines.append(
-                f"{name} makes no mistake in any seed up to {whole} blocks, "
-                f"{whole / its.most_blocks:.3g} times the longest text it was trained on, and says half "
-                f"of the digits up to {half}."
+                f"{name} makes no mistake in any seed up to {whole} {its.unit}, "
+                f"{whole / its.longest:.3g} times the longest text it was trained on, and says half "
+                f"of the {_counted(its)} up to {half}."
             )
     return lines
 
@@ -159,12 +159,18 @@ def item_page(name: str, item: Item, found: Found, command: str, folder: Path) -
     verdicts = reach_of(its, first) if its.kind == "passkey" else []
     verdicts += [judge(claim, its, curves[claim.asked or its.asked[0]]) for claim in item.claims]
     page.lines += ["## What held here", "", *(f"- {line}" for line in verdicts), ""]
+    if len(seeds) > 1 and item.claims:
+        page.lines += [
+            f"What held did so in each of {len(seeds)} seeds. Of two variants that are equally good, "
+            f"one does better in each of them once in {2 ** len(seeds)} times.",
+            "",
+        ]
     if item.said:
         page.lines += [f"The paper: {item.said}", ""]
     picture = folder / f"{name}.png"
     draw(picture, its, curves)
     page.pictures.append(picture)
-    page.lines += [f"![Share right by blocks read]({picture.name})", ""]
+    page.lines += [f"![Share right by {its.unit} read]({picture.name})", ""]
     over = "the mean of the seeds and, where they differ, the lowest and the highest"
     page.lines += [
         "## Our numbers",
@@ -174,7 +180,12 @@ def item_page(name: str, item: Item, found: Found, command: str, folder: Path) -
         "",
     ]
     for asked, of_asked in curves.items():
-        page.lines += [f"Asked: {ASKED[asked]}.", "", markdown_table(*table(of_asked)), ""]
+        page.lines += [
+            f"Asked: {ASKED[asked]}.",
+            "",
+            markdown_table(*table(of_asked, its.unit)),
+            "",
+        ]
     page.lines += papers_tables(item.paper)
     return page
 
@@ -183,10 +194,17 @@ def _how(its: Experiment, found: Found) -> str:
     seconds = statistics.mean(result["seconds"] for _, result in found)
     steps = ", ".join(map(str, sorted({planned.run["steps"] for planned, _ in found})))
     shape = its.shape
+    if its.unit == "tokens":
+        return (
+            f"The default model under the recipe `passkey`: {steps} steps of texts of up to "
+            f"{its.longest:,} tokens, on average {report.duration(seconds)} a run; blocks of a quarter "
+            f"of the paper's; {its.count} texts asked at each length, and a key counts if all of it is "
+            "said."
+        )
     keys = f"; keys of {shape.digits} digits (chance: 0.10)" if its.kind == "passkey" else ""
     return (
         f"A decoder from scratch of {shape.layers} layers, {shape.width} wide; blocks of {shape.block}"
-        f"{keys}; {steps} steps of {shape.rows} texts of up to {its.most_blocks} blocks, on average "
+        f"{keys}; {steps} steps of {shape.rows} texts of up to {its.longest} blocks, on average "
         f"{report.duration(seconds)} a run on one core; {its.count} texts asked at each length, which "
         "training never saw."
     )
@@ -220,9 +238,16 @@ def draw(path: Path, its: Experiment, curves: Mapping[str, Curves]) -> None:
         ASKED[asked]: [_curve(name, seeds) for name, seeds in found.items()]
         for asked, found in curves.items()
     }
-    marks = {title: {"trained": float(its.most_blocks)} for title in panels}
-    right = "digits said right" if its.kind == "passkey" else "bytes told right"
-    draw_curves(path, panels, x="blocks read", y=right, marks=marks)
+    marks = {title: {"trained": float(its.longest)} for title in panels}
+    right = f"{_counted(its)} {'said' if its.kind == 'passkey' else 'told'} right"
+    draw_curves(path, panels, x=f"{its.unit} read", y=right, marks=marks)
+
+
+def _counted(its: Experiment) -> str:
+    """What a share is a share of."""
+    if its.kind == "text":
+        return "bytes"
+    return "digits" if its.unit == "blocks" else "keys"
 
 
 def _curve(name: str, seeds: Sequence[Mapping[int, float]]) -> Curve:

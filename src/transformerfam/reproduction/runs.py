@@ -87,17 +87,26 @@ def _end_with_parent() -> None:
 
 
 def read_results(file: Path) -> dict[str, Result]:
-    """Key of a run -> its result."""
-    if not file.exists():
+    """Key of a run -> its result.
+
+    Raises:
+        UserError: for a file that holds something else, or cannot be read.
+    """
+    try:
+        text = file.read_text(encoding="utf-8", errors="replace")
+    except FileNotFoundError:
         return {}
-    kept, lines = {}, file.read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise UserError(f"{file} cannot be read: {error.strerror or error}.") from None
+    kept, lines = {}, text.splitlines()
     for line in lines:
         try:
             read = json.loads(line)
             kept[_key(read["run"])] = read["result"]
         except (ValueError, KeyError, TypeError):
             continue  # cut short when its writer was killed
-    if lines and not kept:
+    # The first line of all may be one that was cut short.
+    if not kept and (len(lines) > 1 or text.endswith("\n")):
         raise UserError(f"{file} is no file of results; move it away to begin anew.")
     return kept
 

@@ -8,7 +8,7 @@ builds the models without weights, plans, and estimates.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -16,11 +16,11 @@ from transformerfam.config import FamConfig
 from transformerfam.cost import ModelShape, flops, state_bytes
 from transformerfam.errors import UserError
 from transformerfam.reproduction.experiment import Experiment, Planned, Variant
+from transformerfam.reproduction.items import Item
 from transformerfam.reproduction.runs import Result, Run
 
 # A toy has blocks of 16 and, but for table 5, 8 slots where the paper has 1024 and 64.
 _TOY_BLOCK, _TOY_SLOTS, _SLOTS = 16, 8, 64
-_OF_TRAINING = ("feedback", "optimizer")
 
 
 @dataclass(frozen=True)
@@ -57,10 +57,10 @@ TUNING = {"steps": 50_000, "rows": 128, "longest": 8_704}
 
 def paper_geometry(variant: Variant, block: int = 1024) -> FamConfig:
     """A toy variant's geometry at the paper's size, or at that of another block size."""
-    fam = {k: v for k, v in variant.fam.items() if k != "feedback_norm"}
+    fam = {k: v for k, v in variant.fam.items() if k not in ("feedback_norm", "feedback_rms")}
     if fam.get("fam_length"):
         fam["fam_length"] = fam["fam_length"] * _SLOTS // _TOY_SLOTS
-    fam.update({k: v for k, v in variant.paper.items() if k not in _OF_TRAINING})
+    fam.update(variant.paper)
     if fam.get("fam_length"):
         fam["fam_length"] = max(1, fam["fam_length"] * block // 1024)
     if fam.get("window"):
@@ -68,7 +68,31 @@ def paper_geometry(variant: Variant, block: int = 1024) -> FamConfig:
     return FamConfig.paper(**{"block_size": block, **fam})
 
 
+def distinct(its: Experiment) -> list[Variant]:
+    """Variants that differ at another size than a toy's; of those that come to the same, the last.
+
+    Rates and steps are a toy's own, and models from scratch (`Variant.model`) are toys alone.
+    """
+    kept: dict[str, Variant] = {}
+    for variant in its.variants:
+        if not variant.model:
+            kept[repr((asdict(paper_geometry(variant)), dict(variant.feedback)))] = variant
+    return [variant for variant in its.variants if variant in kept.values()]
+
+
 # ---- small
+
+SMALL_LONGEST = 18_432  # of the recipe `passkey`
+
+
+def small_item(item: Item) -> Item:
+    """An item as its page at this scale tells of it."""
+    about = (
+        "PassKey as in figure 10: a key at the start, then filler. Settings of training that variants "
+        "are compared by are off in the others."
+    )
+    its = replace(item.experiment, unit="tokens", longest=SMALL_LONGEST)
+    return replace(item, about=about, experiment=its)
 
 
 def small_plan(
@@ -84,17 +108,27 @@ def small_plan(
             "At the scale small this item needs texts to train on; train with `fam train "
             "smollm2-memory` and measure with `fam eval --tasks documents`."
         )
+    if its.asked != ("1 start",):
+        raise UserError(
+            "At the scale small one key at the start is asked for, and this item asks for others; "
+            "train with `fam train passkey` and measure with `fam eval --tasks passkey-late,passkey-3`."
+        )
+    compared = {name for variant in its.variants for name in variant.feedback}
     for seed in seeds:
-        for variant in its.variants:
-            if variant.model:
-                continue  # another model from scratch: of toys alone
+        for variant in distinct(its):
+            geometry = paper_geometry(variant, block=256)
+            feedback = {**dict.fromkeys(sorted(compared), 0), **variant.feedback}
+            if geometry.is_static or geometry.through_stack:
+                feedback["state_passing"] = (
+                    0  # the recipe passes F, and these cannot begin with one
+                )
             run = {
                 "kind": "small",
                 "seed": seed,
                 "steps": steps or 1000,
                 "lengths": list(lengths or (2048, 4096, 8192, 16_384, 32_768, 65_536, 131_072)),
-                "fam": paper_geometry(variant, block=256).to_dict(),
-                "feedback": dict(variant.feedback),
+                "fam": geometry.to_dict(),
+                "feedback": feedback,
                 "count": its.count,
             }
             yield Planned(variant.name, seed, run)

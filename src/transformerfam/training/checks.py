@@ -259,6 +259,11 @@ def _check_feedback(recipe: Recipe) -> None:
             "leave it out.",
         )
         _refuse_unless(
+            not feedback.diversity_weight and not feedback.reconstruction_weight,
+            "feedback.diversity_weight and feedback.reconstruction_weight look at the FAM of each "
+            f"layer, and under {name} there is none; leave them out.",
+        )
+        _refuse_unless(
             recipe.data.layout != "documents",
             f'data.layout="documents" begins texts in some rows and not in others, and under {name} '
             'rows stand alike; take "packed" or "single".',
