@@ -11,7 +11,7 @@ import torch
 from families import some_tokens, tiny
 
 from transformerfam import FamConfig, benchmark, convert, models
-from transformerfam.commands import demo
+from transformerfam.commands import bench, demo
 from transformerfam.text import language_reference
 
 Run = Callable[..., tuple[int, str, str]]
@@ -29,6 +29,32 @@ def test_readers_share_weights_and_the_last_is_the_original() -> None:
     assert fam.model.lm_head.weight is full.model.lm_head.weight
     with torch.no_grad():
         assert torch.equal(full.model(ids).logits, original)
+
+
+WINDOWS = CONFIG.without_feedback()
+GEOMETRIES = {
+    "FAM / BSWA": CONFIG,
+    "RMT / BSWA": CONFIG.replace(memory_segments=0, recurrence="rmt"),
+    "AutoCompressor / BSWA": CONFIG.replace(memory_segments=0, recurrence="autocompressor"),
+    "Infini-attention / BSWA": WINDOWS.replace(compressive_memory="delta"),
+    "FM / BSWA": WINDOWS.replace(memory_source="output"),
+    "FAM / SPARSE": CONFIG.replace(attention="sparse", summary_tokens=2),
+    # Nothing is compared with itself: windows alone are held against full attention.
+    "BIGBIRD / full": WINDOWS.replace(attention="bigbird", random_blocks=1),
+    "BSWA / full": WINDOWS,
+}
+
+
+@pytest.mark.parametrize("ratio", GEOMETRIES)
+def test_every_geometry_is_measured_under_its_own_name(ratio: str) -> None:
+    config = GEOMETRIES[ratio]
+    model = convert(tiny(dtype=torch.float32), CONFIG)
+    ((length, readers),) = benchmark.run(model, config, (16,), chunk=16, decode_tokens=1)
+    assert (length, len(readers)) == (16, 2 if ratio.endswith("full") else 3)
+    text = bench._as_text(readers, config)
+    first, second = ratio.split(" / ")
+    assert ratio in text and f"{first} / full" in text
+    assert f"{first} takes" in text and f"times as long as {second}" in text
 
 
 @pytest.mark.slow

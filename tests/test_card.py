@@ -131,6 +131,25 @@ def test_a_model_without_feedback_is_called_that() -> None:
     assert "no feedback memory" in text
 
 
+def test_other_memories_are_called_what_they_are() -> None:
+    windows = recipe().fam.without_feedback()
+
+    def of(what: Any, **changes: Any) -> str:
+        made = recipe(fam=windows.changed(**changes))
+        return card(made.replace(train=replace(made.train, what=what)))
+
+    gates = of("lora", compressive_memory="delta")
+    assert "a compressive memory in each head (delta rule)" in gates
+    assert "[Infini-attention](https://arxiv.org/abs/2404.07143)" in gates
+    assert "LoRA on its matrices and the gates of the memory." in gates
+    assert "compressive-memory" in head(gates)["tags"]
+    assert "the gates of the memory alone." in of("prompt", compressive_memory="linear")
+    assert "past blocks as the layers' outputs" in of("lora", memory_source="output")
+    rmt = of("lora", recurrence="rmt", fam_length=4, memory_segments=0)
+    assert "4 memory tokens" in rmt and "[RMT](https://arxiv.org/abs/2207.06881)" in rmt
+    assert "Trained was LoRA on its matrices.\n" in of("lora")
+
+
 @pytest.mark.parametrize("what", ["lora", "prompt", "full"])
 def test_it_says_what_was_trained(what: Any) -> None:
     words = {"lora": "LoRA", "prompt": "prompt alone", "full": "every weight"}

@@ -17,7 +17,7 @@ import pytest
 from command_line import CONFIG, Run, loaded, refused, start
 
 from transformerfam import cli, models
-from transformerfam.commands import _options, _session
+from transformerfam.commands import _compare, _options, _session
 from transformerfam.config import FamConfig
 
 DOCS = Path(__file__).parents[1] / "docs" / "cli.md"
@@ -163,6 +163,53 @@ def test_info_counts_a_prefix_and_a_memory_that_grows(
     assert lengths[0].split()[-4:-2] != lengths[1].split()[-4:-2]  # 12.3 MB  45.6 MB
     assert cli.main(["read", book, "--model", folder, *grows]) == 0
     assert ", and it grows with the text" in capsys.readouterr().out
+
+
+def test_info_knows_other_memories_and_whether_they_are_trained(
+    fam: Run, folder: str, tmp_path: Path
+) -> None:
+    gates = ["--compressive-memory", "delta"]
+    out = fam("info", folder, *gates)[1]
+    assert "a compressive memory (delta rule) (untrained)" in out
+    assert "further back through its memory" in out
+    model, tokenizer = loaded(folder, CONFIG.replace(compressive_memory="delta"))
+    model.save_pretrained(tmp_path / "kept")
+    tokenizer.save_pretrained(tmp_path / "kept")
+    assert "a compressive memory (delta rule) (trained)" in fam("info", str(tmp_path / "kept"))[1]
+    prefix = ["--fam-length", "4", "--fam-start", "prefix", "--json"]
+    assert json.loads(fam("info", folder, *prefix)[1])["prompt_parameters"] == 3 * 4 * 32
+
+
+def test_what_is_said_of_an_untrained_memory_is_right_for_every_command(
+    fam: Run, folder: str, book: str
+) -> None:
+    few = ["--max-tokens", "20"]
+    assert (
+        "worse with it than without one (--fam-length 0)"
+        in fam("read", book, *few, "--fam-length", "4")[2]
+    )
+    assert (
+        "its gates are nearly shut" in fam("read", book, *few, "--compressive-memory", "delta")[2]
+    )
+    assert "untrained" not in fam("read", book, *few, "--memory-source", "output")[2]
+    assert _session.untrained_remark(FamConfig(), trained=True) == ""
+
+
+def test_a_memory_of_another_kind_is_compared_under_its_own_name() -> None:
+    windows = FamConfig(fam_length=0, block_size=16, memory_segments=1)
+    gates = windows.replace(compressive_memory="delta")
+    stack = FamConfig(block_size=16, memory_segments=0, fam_length=4, recurrence="rmt")
+    for config, trained, name in (
+        (windows, True, "FAM 16, untrained"),  # it has none of its own
+        (windows.replace(fam_length=4), True, "FAM 4"),
+        (gates, True, "Infini-attention"),
+        (gates, False, "Infini-attention, untrained"),
+        (windows.replace(memory_source="output"), False, "FM"),
+        (stack, False, "RMT 4, untrained"),
+    ):
+        compared = _compare._configs(config, trained)
+        assert list(compared)[3] == name
+        assert config in compared.values()
 
 
 def test_info_about_a_memory(fam: Run, book: str, tmp_path: Path) -> None:

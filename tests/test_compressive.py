@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformerfam import FamConfig, Memory, convert, reconfigure
 from transformerfam.conversion import restore, twin
 from transformerfam.memory_file import fingerprint
-from transformerfam.models import put_adapter
+from transformerfam.models import is_trained, load, put_adapter
 from transformerfam.training import adaptation
 
 CONFIGS = {
@@ -240,6 +240,9 @@ def test_an_adapter_trains_saves_and_loads_the_gates(what: str, tmp_path: Path) 
     assert what == "lora" or len(saved) == 1
 
     model = loaded(tmp_path / "adapter")
+    assert is_trained(model) and is_trained(model, model.fam_config.replace(block_size=B + 1))
+    assert not is_trained(model, FamConfig(fam_length=2))  # its prompt would be new
+    assert not is_trained(load(base, made.fam)[0])
     assert torch.equal(model.model.memory_gates.weight, gates[0])
     torch.testing.assert_close(logits(model), logits(trained), rtol=1e-4, atol=1e-4)
 
@@ -253,4 +256,5 @@ def test_an_adapter_of_windows_leaves_the_gates_to_the_model(tmp_path: Path) -> 
     model = put_adapter(
         convert(tiny(dtype=torch.float32), DELTA), str(tmp_path / "adapter"), trainable=True
     )
+    assert not is_trained(load(str(tmp_path / "adapter"), DELTA)[0])
     assert any("memory_gates" in name for name in adaptation.trained_parameters(model))

@@ -187,6 +187,10 @@ def test_mistakes_are_told_in_one_sentence(
         return fam("inspect", *args, *model)
 
     refused(told(book), "no feedback memory", "--fam-length")
+    stack = ["--block-size", "16", "--memory-segments", "0", "--fam-length", "4"]
+    refused(told(book, *stack, "--recurrence", "rmt"), "through the whole stack", "layer")
+    refused(told(book, "--memory-source", "output"), "(FM) has no slots", "--memory-source input")
+    refused(told(book, "--compressive-memory", "delta"), "Infini", "--compressive-memory none")
     refused(told(str(short), *INSPECT), "less than one block of 16", "--block-size")
     refused(told(str(tmp_path / "none.txt"), *INSPECT), "There is no file")
     refused(told(book, *INSPECT, "--layers", "0,7"), "layers of this model are 0 to 2")

@@ -271,8 +271,21 @@ def test_maps_stay_within_their_cells_and_there_is_always_one() -> None:
 def test_what_cannot_be_inspected_is_refused_in_a_sentence() -> None:
     with pytest.raises(UserError, match="no feedback memory to look into"):
         shown(CONFIG.without_feedback())
-    with pytest.raises(UserError, match="Under recurrence='rmt' memory tokens stand among"):
-        shown(CONFIG.changed(recurrence="rmt", memory_segments=0, sink_tokens=0))
+    stack = FamConfig(block_size=6, memory_segments=0, fam_length=3, recurrence="rmt")
+    with pytest.raises(UserError, match=r"recurrence='rmt' memory runs .* --recurrence layer\.$"):
+        shown(stack)
+    for change, option in (
+        (
+            {"memory_source": "output"},
+            r"\(FM\) has no slots to look into; take --memory-source input",
+        ),
+        (
+            {"compressive_memory": "delta"},
+            r"\(Infini-attention\) has no slots .* --compressive-memory none",
+        ),
+    ):
+        with pytest.raises(UserError, match=option):
+            shown(CONFIG.without_feedback().replace(**change))
     with pytest.raises(UserError, match=r"has 5 tokens, less than one block of 6"):
         inspect_stream(model_of(), TOKENS[:5])
     for layers in ([3], [-1], []):

@@ -264,7 +264,7 @@ TOGETHER: list[tuple[str, str]] = [
     ("train.dropout=1", "train.dropout must be from 0 to below 1"),
     ("train.targets=[]", "train.targets is empty"),
     ("train.targets=all-linear,x", "leave the others out"),
-    ("train.what=prompt fam.fam_length=0", "trains the FAM prompt alone"),
+    ("train.what=prompt fam.fam_length=0", "trains the FAM prompt or the gates"),
     ("train.what=full model.adapter=x", "merge it first"),
     ("data.batch_size=0", "data.batch_size must be at least 1"),
     ("data.length=1", "data.length must be at least 2"),

@@ -96,10 +96,15 @@ class Reader:
 
 
 def readers(model: Any, config: FamConfig) -> list[Reader]:
-    """FAM as configured, the same windows without it, and the untouched model; weights are shared."""
+    """The memory as configured, the same windows without it, and the untouched model.
+
+    Weights are shared. A geometry that is windows alone comes without the first.
+    """
+    windows = config.without_feedback()
+    remembering = {config.memory_name: config} if config != windows else {}
+    compared = {**remembering, config.attention.upper(): windows}
     return [
-        Reader("FAM", reconfigure(twin(model), config)),
-        Reader(config.attention.upper(), reconfigure(twin(model), config.without_feedback())),
+        *(Reader(name, reconfigure(twin(model), own)) for name, own in compared.items()),
         Reader("full attention", restore(twin(model))),
     ]
 

@@ -192,6 +192,17 @@ class FamConfig:
         return self.has_feedback and self.fam_query == "static"
 
     @property
+    def memory_name(self) -> str:
+        """What reaches back beyond the windows, in a word; empty: nothing does."""
+        if self.through_stack:
+            return {"rmt": "RMT", "autocompressor": "AutoCompressor"}[self.recurrence]
+        if self.compressive_memory != "none":
+            return "Infini-attention"
+        if self.memory_source == "output":
+            return "FM"
+        return "FAM" if self.has_feedback else ""
+
+    @property
     def added_modules(self) -> tuple[str, ...]:
         """Names of the modules, all of them trained, that the decoder has beside its family's."""
         used = (self.has_feedback, self.compressive_memory != "none")

@@ -333,9 +333,8 @@ def _reader(model: Any, name: str, geometry: dict[str, Any]) -> Any:
 
 
 def _warn_of_untrained(loaded: Any, reader: Any) -> None:
-    slots = reader.fam_config.fam_length
-    # A prompt of another length is made anew and has learned nothing.
-    if slots and not (is_trained(loaded) and slots == loaded.fam_config.fam_length):
+    config = reader.fam_config
+    if config.has_feedback and not is_trained(loaded, config):
         _logger.warning(
             "The feedback memory of this model is untrained, which makes it read worse; "
             "fam_length=0 turns it off."

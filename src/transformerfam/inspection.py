@@ -137,7 +137,8 @@ def inspect_stream(
         progress: told what is being done.
 
     Raises:
-        UserError: without a feedback memory, for less than a block, or for a layer that is not there.
+        UserError: without a feedback memory in each layer, for less than a block, or for a layer that
+            is not there.
     """
     config: FamConfig = model.fam_config
     ids, B = tuple(tokens), config.block_size
@@ -193,15 +194,25 @@ def _checked(
     config: FamConfig, ids: tuple[int, ...], layers: Sequence[int] | None, count: int
 ) -> tuple[int, ...]:
     """The layers to tell of, if there is something to tell."""
+    if config.through_stack:
+        raise UserError(
+            f"Under recurrence={config.recurrence!r} memory runs through the whole stack, and no "
+            "layer has one of its own to look into; take --recurrence layer."
+        )
+    if not config.has_feedback and config.memory_name:
+        setting = (
+            "--memory-source input"
+            if config.memory_source == "output"
+            else "--compressive-memory none"
+        )
+        raise UserError(
+            f"The memory of this geometry ({config.memory_name}) has no slots to look into; take "
+            f"{setting} and give it a feedback memory with --fam-length."
+        )
     if not config.has_feedback:
         raise UserError(
             "This geometry has no feedback memory to look into; give it one with --fam-length, or "
             "load a model or adapter that has one."
-        )
-    if config.through_stack:
-        raise UserError(
-            f"Under recurrence={config.recurrence!r} memory tokens stand among the text and layers "
-            "have no feedback memory to look into; inspect a model with recurrence='layer'."
         )
     if len(ids) < config.block_size:
         raise UserError(

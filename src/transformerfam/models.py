@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -51,9 +52,29 @@ def reading_config() -> FamConfig:
     return FamConfig(fam_length=0)
 
 
-def is_trained(model: object) -> bool:
-    """Whether the feedback memory of a model from `load` came with it, and not from conversion."""
-    return bool(getattr(model, "fam_trained", False))
+def is_trained(model: Any, config: FamConfig | None = None) -> bool:
+    """Whether what a model from `load` learned for its memory came with it, and not from conversion.
+
+    That is the FAM prompt (or prefix, or the prompt of an RMT), and the gates of a compressive memory.
+
+    Args:
+        model: what `load` returned.
+        config: another geometry that it is to be used with; by default its own. A prompt of another
+            length is made anew and has learned nothing.
+    """
+    if not getattr(model, "fam_trained", False):
+        return False
+    return config is None or _all_came(config, _fitting(model.fam_config, config))
+
+
+def _fitting(stored: FamConfig, new: FamConfig) -> list[str]:
+    """The modules of a stored model for its memory that fit another geometry."""
+    shapes = [(config.fam_length, config.fam_start) for config in (stored, new)]
+    return [n for n in stored.added_modules if n != "fam_prompt" or shapes[0] == shapes[1]]
+
+
+def _all_came(config: FamConfig, came: Sequence[str]) -> bool:
+    return bool(config.added_modules) and set(config.added_modules) <= set(came)
 
 
 def load(
@@ -97,14 +118,12 @@ def load(
         model = convert(model, config or reading_config())
     elif config is not None:
         model = reconfigure(model, config)
-    new = model.fam_config
     # A stored prompt of another length is not used: the model got a fresh one.
-    alike = (new.fam_length, new.fam_start) == (stored.fam_length, stored.fam_start)
-    trained = new.has_feedback and alike
+    came = _fitting(stored, model.fam_config)
     if adapter is not None:
-        trained = trained or (new.has_feedback and _has_prompt(adapter))
+        came += _saved_modules(adapter)
         model = put_adapter(model, adapter).merge_and_unload()
-    model.fam_trained = trained
+    model.fam_trained = _all_came(model.fam_config, came)
     return model.to(device).eval(), tokenizer
 
 
@@ -289,10 +308,9 @@ def _adapter_config(adapter: str) -> FamConfig:
     return FamConfig.from_dict(_json_values(file))
 
 
-def _has_prompt(adapter: str) -> bool:
-    """Whether an adapter was trained with a feedback memory."""
-    saved = _json_values(Path(adapter) / "adapter_config.json").get("modules_to_save")
-    return "fam_prompt" in (saved or [])
+def _saved_modules(adapter: str) -> list[str]:
+    """The modules that an adapter was trained with: a prompt, gates."""
+    return list(_json_values(Path(adapter) / "adapter_config.json").get("modules_to_save") or [])
 
 
 def put_adapter(model: Any, adapter: str, *, trainable: bool = False) -> Any:

@@ -138,9 +138,11 @@ def _configs(base: FamConfig, trained: bool) -> dict[str, FamConfig]:
     if windows.attention != "longformer":
         sinks = base.sink_tokens or min(_USUAL_SINKS, base.block_size)
         found[f"{name} + {sinks} sinks"] = windows.replace(sink_tokens=sinks)
-    slots = base.fam_length or min(_USUAL_SLOTS, base.block_size)
-    with_fam = base if base.has_feedback else windows.replace(fam_length=slots)
-    found[f"FAM {slots}" + ("" if trained else ", untrained")] = with_fam
+    slots = min(_USUAL_SLOTS, base.block_size)
+    remembering = base if base.memory_name else windows.replace(fam_length=slots)
+    name = f"{remembering.memory_name} {remembering.fam_length or ''}".rstrip()
+    untrained = bool(remembering.added_modules) and not (trained and base.memory_name)
+    found[name + (", untrained" if untrained else "")] = remembering
     if base not in found.values():
         found["as set"] = base
     return found

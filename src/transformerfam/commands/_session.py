@@ -62,20 +62,30 @@ def open_session(args: argparse.Namespace, progress: Progress) -> Session:
     logging.set_verbosity_error()
     _check_device(args.device)
     model, tokenizer = models.load(name, dtype=args.dtype, device=args.device, adapter=args.adapter)
-    trained = models.is_trained(model)
     config = changed(saved or model.fam_config, geometry_changes(args))
+    trained = models.is_trained(model, config)
     if config != model.fam_config:
-        # A prompt of another length is made anew and has learned nothing.
-        trained = trained and config.fam_length == model.fam_config.fam_length
         model = reconfigure(model, config)
     memory = Memory.load(load, model) if load else Memory.for_model(model)
     progress.clear()
-    if config.has_feedback and not trained:
-        progress.note(
-            "The feedback memory of this model is untrained, which makes it read worse; "
-            "--fam-length 0 turns it off."
-        )
+    if remark := untrained_remark(config, trained):
+        progress.note(remark)
     return Session(shown_name(model, name), model, tokenizer, memory, trained)
+
+
+def untrained_remark(config: FamConfig, trained: bool) -> str:
+    """A sentence about a memory that has learned nothing yet; empty where there is none."""
+    if trained or not config.added_modules:
+        return ""
+    if config.has_feedback:
+        return (
+            "The feedback memory of this model is untrained; it reads worse with it than without "
+            "one (--fam-length 0)."
+        )
+    return (
+        "The compressive memory of this model is untrained: its gates are nearly shut, and little "
+        "is read from it."
+    )
 
 
 def _check_device(name: str | None) -> None:
@@ -110,8 +120,7 @@ def describe(config: FamConfig) -> str:
     if config.sink_tokens:
         parts.append(f"{config.sink_tokens} sinks")
     if config.through_stack:
-        name = {"rmt": "RMT", "autocompressor": "AutoCompressor"}[config.recurrence]
-        parts.append(f"{config.fam_length} memory tokens ({name})")
+        parts.append(f"{config.fam_length} memory tokens ({config.memory_name})")
     else:
         slots = f"{config.fam_length} feedback slots"
         parts.append(slots if config.has_feedback else "no feedback")

@@ -90,35 +90,37 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _as_text(readers: list[Reader], config: Any) -> str:
-    fam, windows, full = readers
+    from transformerfam.commands._session import describe
+
+    first, *others = readers
     sections = [
         ("prefill, ms a token", lambda r, n: 1000 * r.prefill_seconds[n] / n, "{:.2f}"),
         ("one more token, ms", lambda r, n: 1000 * r.decode_seconds[n], "{:.1f}"),
     ]
     out = [
-        f"{config.block_size} tokens a block, {config.memory_segments} memory segments, "
-        f"{config.fam_length} feedback slots; {_machine()}"
+        f"{describe(config)}; {_machine()}",
     ]
     for title, value, form in sections:
         rows = []
-        for n in fam.prefill_seconds:
+        for n in first.prefill_seconds:
             cells = [form.format(value(r, n)) if n in r.prefill_seconds else "–" for r in readers]
             ratios = [
-                f"{value(fam, n) / value(r, n):.2f}" if n in r.prefill_seconds else "–"
-                for r in (windows, full)
+                f"{value(first, n) / value(r, n):.2f}" if n in r.prefill_seconds else "–"
+                for r in others
             ]
             rows.append([report.count(n), *cells, *ratios])
-        header = [title, *(r.name for r in readers), f"FAM / {windows.name}", "FAM / full"]
-        out.append(report.table(header, rows))
+        ratio_names = [f"{first.name} / {r.name.removesuffix(' attention')}" for r in others]
+        out.append(report.table([title, *(r.name for r in readers), *ratio_names], rows))
     out.append(
-        f"Median over all calls: FAM takes {fam.against(windows):.2f} times as long as {windows.name}."
+        f"Median over all calls: {first.name} takes {first.against(others[0]):.2f} times as long as "
+        f"{others[0].name}."
     )
     for title, sizes in (
         ("state", [r.state_bytes for r in readers]),
         ("peak above weights", [r.peak_bytes for r in readers]),
     ):
         rows = []
-        for n in fam.state_bytes:
+        for n in first.state_bytes:
             values = [size.get(n) for size in sizes]
             rows.append([report.count(n), *("–" if v is None else report.size(v) for v in values)])
         out.append(report.table([title, *(r.name for r in readers)], rows))

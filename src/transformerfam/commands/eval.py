@@ -109,6 +109,12 @@ def _add_questions(parser: argparse.ArgumentParser) -> None:
         help="file or folder of a task's data; may be given several times",
     )
     parser.add_argument(
+        "--language",
+        metavar="NAME",
+        default="english",
+        help="of xlsum's texts, where their rows do not say (default: %(default)s)",
+    )
+    parser.add_argument(
         "--most-tokens",
         metavar="TOKENS",
         type=options.whole(2),
@@ -177,6 +183,7 @@ def _wanted(args: argparse.Namespace, tokenizer: Any) -> Wanted:
         filler=_filler(args.filler),
         data=dict(map(_data, args.data)),
         most_tokens=args.most_tokens,
+        language=args.language,
     )
 
 

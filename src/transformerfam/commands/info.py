@@ -219,7 +219,7 @@ def _prompt_part(facts: dict[str, Any]) -> str:
 
 
 def _trained(session: Session) -> str:
-    if not session.config.has_feedback:
+    if not session.config.added_modules:
         return ""
     return " (trained)" if session.trained else " (untrained)"
 
@@ -230,7 +230,7 @@ def _sees(session: Session, field: int | None) -> str:
         return "the whole text"
     window = config.window_length or (config.memory_segments + 1) * config.block_size
     far = f"{window:,} tokens at a time, {field:,} through all layers"
-    return far + (", and further back through feedback" if config.has_feedback else "")
+    return far + (", and further back through its memory" if config.memory_name else "")
 
 
 def _memory(session: Session, facts: dict[str, Any]) -> str:

@@ -34,6 +34,7 @@ class Wanted:
         filler: texts to hide things in.
         data: name of a task -> file, folder or name on the hub.
         most_tokens: longer documents are cut here (the paper cuts at 262,144); None: never.
+        language: of XL-Sum's texts, see `rouge.LANGUAGES`, where their rows do not say.
     """
 
     tokenizer: Any
@@ -43,6 +44,7 @@ class Wanted:
     filler: Sequence[str] = ()
     data: Mapping[str, str] = field(default_factory=dict)
     most_tokens: int | None = None
+    language: str = "english"
 
     @cached_property
     def encoder(self) -> Encoder:

@@ -2,12 +2,12 @@
 
     narrativeqa, qasper     say the answer; ROUGE-L, and F1 over words
     quality                 which of four options; accuracy by rank
-    xlsum                   say the summary; ROUGE-L
+    xlsum                   say the summary; ROUGE-L in the article's language, see `rouge`
     longqa                  rows {input, instructions, outputs}, as those of L-Eval
 
 Rows come from the hub or from a local file of the same columns: those of SCROLLS for qasper and
 quality ({input, output}, the question first), of NarrativeQA ({document, question, answers}) and of
-XL-Sum ({text, summary}).
+XL-Sum ({text, summary}, perhaps with the language: {language} or {lang}).
 """
 
 from __future__ import annotations
@@ -16,18 +16,19 @@ import re
 import string
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 from transformerfam.data.tables import open_table
 from transformerfam.errors import UserError
-from transformerfam.extras import require
+from transformerfam.tasks import rouge
 from transformerfam.tasks.cases import Case, Wanted
 from transformerfam.tasks.questions import Choose, Metrics, Question, Say
 from transformerfam.text import start_tokens
 
 VERSION = 1
+_ENGLISH = "english"
 _OPTION = re.compile(r"^\s*\(([A-D])\)\s*(.*)$", re.MULTILINE)
 
 
@@ -41,6 +42,7 @@ class Asked:
         after: stands behind it: the question, up to where the answer begins.
         answers: any of these is right.
         choices: options of which one is right; empty: the answer is said freely.
+        language: of the answers, see `rouge.LANGUAGES`; empty: that which was wanted.
     """
 
     before: str
@@ -48,6 +50,7 @@ class Asked:
     after: str
     answers: Sequence[str]
     choices: Sequence[str] = ()
+    language: str = _ENGLISH
 
 
 @dataclass(frozen=True)
@@ -55,7 +58,8 @@ class Source:
     """Where the rows of a task come from, and what they are.
 
     Attributes:
-        hub: (name, configuration, split) on the hub; None: a path must be given.
+        hub: (name, configuration, split) on the hub; None: a path must be given. A configuration of
+            "{language}" is that of the language that was wanted.
         read: a row -> its questions.
         most: most tokens of an answer.
         metric: the one for the table.
@@ -71,13 +75,24 @@ def cases(name: str, wanted: Wanted) -> list[Case]:
     """One case: the first `samples` questions."""
     source = SOURCES[name]
     asked = _questions(name, source, wanted)
+    setting: dict[str, Any] = {
+        "data": wanted.data.get(name, "hub"),
+        "most_tokens": wanted.most_tokens,
+    }
+    languages = sorted({one.language for one in asked} - {_ENGLISH})
+    words = {language: rouge.Words(language) for language in languages}
+    if words:
+        # What another way of cutting words scores is not mixed with this.
+        setting["words"] = ", ".join(cut.how for cut in words.values())
     return [
         Case(
             task=name,
             version=VERSION,
-            setting={"data": wanted.data.get(name, "hub"), "most_tokens": wanted.most_tokens},
+            setting=setting,
             count=len(asked),
-            make=lambda number: _question(asked[number], source, wanted),
+            make=lambda number: _question(
+                asked[number], source, wanted, words.get(asked[number].language)
+            ),
             metric=source.metric,
             axis="",
         )
@@ -87,16 +102,22 @@ def cases(name: str, wanted: Wanted) -> list[Case]:
 def _questions(name: str, source: Source, wanted: Wanted) -> list[Asked]:
     if name not in wanted.data and source.hub is None:
         wanted.path(name)  # says what to give
-    rows = open_table(wanted.data.get(name), hub=source.hub)
+    hub = source.hub
+    if hub is not None and hub[1] is not None:
+        hub = (hub[0], hub[1].format(language=rouge.language_named(wanted.language)), hub[2])
+    rows = open_table(wanted.data.get(name), hub=hub)
     found: list[Asked] = []
     for number, row in enumerate(rows, 1):
         try:
-            found += source.read(row)
+            read = source.read(row)
+        except UserError as error:
+            raise UserError(f"Row {number} of {wanted.data.get(name, name)}: {error}") from None
         except (KeyError, TypeError, IndexError, ValueError) as error:
             raise UserError(
                 f"Row {number} of {wanted.data.get(name, name)} is none of {name}: "
                 f"{type(error).__name__} {error}."
             ) from None
+        found += [_in_a_language(one, wanted) for one in read]
         if len(found) >= wanted.samples:
             break
     if not found:
@@ -104,7 +125,11 @@ def _questions(name: str, source: Source, wanted: Wanted) -> list[Asked]:
     return found[: wanted.samples]
 
 
-def _question(asked: Asked, source: Source, wanted: Wanted) -> Question:
+def _in_a_language(asked: Asked, wanted: Wanted) -> Asked:
+    return replace(asked, language=asked.language or rouge.language_named(wanted.language))
+
+
+def _question(asked: Asked, source: Source, wanted: Wanted, words: rouge.Words | None) -> Question:
     encode = wanted.encoder.encode
     before = encode(f"{asked.before}\n\n", first=True)
     after = encode(f"\n\n{asked.after}", first=False)
@@ -120,18 +145,17 @@ def _question(asked: Asked, source: Source, wanted: Wanted) -> Question:
         return Choose(ids, choices, gold, [len(choice) for choice in asked.choices], facts)
     newline = encode("\n", first=False)
     stop = [t for t in (wanted.tokenizer.eos_token_id, *newline[-1:]) if t is not None]
-    score = partial(_score, tuple(asked.answers))
+    score = partial(_score, tuple(asked.answers), words)
     return Say(ids, source.most, score, wanted.tokenizer.decode, stop, facts)
 
 
 # ---- scores
 
 
-def _score(answers: Sequence[str], said: str) -> Metrics:
+def _score(answers: Sequence[str], words: rouge.Words | None, said: str) -> Metrics:
     """The best over the references, as the tasks' authors do."""
-    rouge = require("rouge_score.rouge_scorer", "eval").RougeScorer(["rougeL"], use_stemmer=True)
     return {
-        "rougeL": max(rouge.score(answer, said)["rougeL"].fmeasure for answer in answers),
+        "rougeL": rouge.rouge_l(answers, said, words),
         "f1": max(f1(answer, said) for answer in answers),
     }
 
@@ -177,7 +201,10 @@ def _quality(row: Mapping[str, Any]) -> list[Asked]:
 
 
 def _xlsum(row: Mapping[str, Any]) -> list[Asked]:
-    return [Asked("Read the article.", row["text"], "Summary:", [row["summary"]])]
+    named = row.get("language") or row.get("lang")
+    language = rouge.language_named(named) if isinstance(named, str) else ""
+    article, summary = row["text"], row["summary"]
+    return [Asked("Read the article.", article, "Summary:", [summary], language=language)]
 
 
 def _leval(row: Mapping[str, Any]) -> list[Asked]:
@@ -196,6 +223,6 @@ SOURCES = {
     "narrativeqa": Source(("deepmind/narrativeqa", None, "test"), _narrativeqa, 50, "rougeL"),
     "qasper": Source(("tau/scrolls", "qasper", "validation"), _scrolls, 80, "rougeL"),
     "quality": Source(("tau/scrolls", "quality", "validation"), _quality, 1, "accuracy"),
-    "xlsum": Source(("csebuetnlp/xlsum", "english", "test"), _xlsum, 80, "rougeL"),
+    "xlsum": Source(("csebuetnlp/xlsum", "{language}", "test"), _xlsum, 80, "rougeL"),
     "longqa": Source(None, _leval, 100, "rougeL"),
 }

@@ -22,10 +22,13 @@ _PACKAGES = ("transformerfam", "torch", "transformers", "peft", "accelerate")
 _EMBEDDED_ON_HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
-_TRAINED = {
-    "lora": "LoRA on its matrices and a FAM prompt",
-    "full": "every weight",
-    "prompt": "its FAM prompt alone",
+# What a geometry adds to a model, by the names of `FamConfig.added_modules`.
+_ADDED = {"fam_prompt": "FAM prompt", "memory_gates": "gates of the memory"}
+_PAPERS = {
+    "TransformerFAM": "2404.09173",
+    "Infini-attention": "2404.07143",
+    "RMT": "2207.06881",
+    "AutoCompressor": "2305.14788",
 }
 
 
@@ -71,7 +74,8 @@ def package_versions() -> dict[str, str]:
 
 def _front_matter(recipe: Recipe) -> str:
     adapter = recipe.train.what != "full"
-    tags = ["transformerfam", "feedback-memory", "long-context"] + ["lora"] * adapter
+    kind = "compressive" if recipe.fam.compressive_memory != "none" else "feedback"
+    tags = ["transformerfam", f"{kind}-memory", "long-context"] + ["lora"] * adapter
     lines = ["---"]
     if base := _on_hub(recipe.model.base):
         lines += [
@@ -103,19 +107,32 @@ def _what(recipe: Recipe) -> str:
     fam, base = recipe.fam, recipe.model.base
     if fam.through_stack:
         memory = f"{fam.fam_length} memory tokens from block to block ({fam.recurrence})"
+    elif fam.compressive_memory != "none":
+        memory = f"a compressive memory in each head ({fam.compressive_memory} rule)"
+    elif fam.memory_source == "output":
+        memory = "past blocks as the layers' outputs"
     elif fam.has_feedback:
         memory = f"a feedback memory of {fam.fam_length} slots in each layer"
     else:
         memory = "no feedback memory"
     kind = "A model" if recipe.train.what == "full" else "An adapter"
-    trained = _TRAINED[recipe.train.what]
+    name = fam.memory_name if fam.memory_name in _PAPERS else "TransformerFAM"
     return (
         f"# {Path(recipe.run.output).name or 'TransformerFAM'}\n\n"
         f"{kind} of `{base}`, which reads texts of any length with it: in blocks of "
         f"{fam.block_size:,} tokens, the {fam.memory_segments} blocks before in sight, and {memory} "
-        "([TransformerFAM](https://arxiv.org/abs/2404.09173)). Trained was "
-        f"{trained}.\n"
+        f"([{name}](https://arxiv.org/abs/{_PAPERS[name]})). Trained was {_trained(recipe)}.\n"
     )
+
+
+def _trained(recipe: Recipe) -> str:
+    """What of the model was trained, in words."""
+    if recipe.train.what == "full":
+        return "every weight"
+    added = " and the ".join(_ADDED[name] for name in recipe.fam.added_modules)
+    if recipe.train.what == "prompt":
+        return f"the {added} alone"
+    return "LoRA on its matrices" + (f" and the {added}" if added else "")
 
 
 def _loading(recipe: Recipe) -> str:

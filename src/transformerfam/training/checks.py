@@ -143,7 +143,8 @@ def _check_train(recipe: Recipe) -> None:
     )
     _refuse_unless(
         train.what != "prompt" or bool(recipe.fam.added_modules),
-        'train.what="prompt" trains the FAM prompt alone, and fam.fam_length=0 has none.',
+        'train.what="prompt" trains the FAM prompt or the gates of a compressive memory alone, and '
+        "this geometry has neither; set fam.fam_length or fam.compressive_memory.",
     )
     _refuse_unless(
         train.what != "full" or not recipe.model.adapter,
