@@ -68,6 +68,7 @@ def test_every_field_of_the_geometry_has_an_option() -> None:
         "fam_query": ("static", "static"),
         "first_residual": ("prompt", "prompt"),
         "feedback_norm": ("1,2.5", (1.0, 2.5)),
+        "feedback_rms": ("0.5", 0.5),
         "previous_fams": ("2", 2),
         "fam_bias": ("-2.5", -2.5),
         "attention": ("longformer", "longformer"),
@@ -78,6 +79,7 @@ def test_every_field_of_the_geometry_has_an_option() -> None:
         "sink_tokens": ("4", 4),
         "memory_source": ("output", "output"),
         "compressive_memory": ("delta", "delta"),
+        "recurrence": ("rmt", "rmt"),
         "stop_gradient": (None, True),
         "backend": ("eager", "eager"),
     }

@@ -32,7 +32,7 @@ examples:
   fam read book.txt --compare --max-tokens 20000
 
 keys of --json:
-  text, model, trained    what was read, by what, and whether its feedback memory was trained
+  text, model, trained    what was read, by what, and whether its memory was trained
   config                  the geometry, by the names of the options above
   tokens, position        tokens read now, and in the whole life of the memory
   scored, nats, loss      tokens predicted, the sum of their -log p, and nats / scored
