@@ -48,18 +48,8 @@ BACK = {
 }
 
 # Start in milliseconds: they bring neither torch nor transformers when they are imported.
-LIGHT = [
-    "errors",
-    "extras",
-    "files",
-    "report",
-    "config",
-    "config_checks",
-    "masks",
-    "text",
-    "commands",
-    "cli",
-]
+LIGHT = ["errors", "extras", "files", "report", "config", "config_checks", "masks", "text"]
+LIGHT += ["commands", "cli"]
 
 LONGEST_FILE, LONGEST_FUNCTION = 420, 60
 LONG_FILES: dict[str, str] = {}  # file: why it may be longer

@@ -414,7 +414,6 @@ def tiny_default(monkeypatch: pytest.MonkeyPatch) -> None:
         plain = tiny(vocab_size=len(TOKENIZER), dtype=torch.float32)
         return convert(plain, small), TOKENIZER
 
-    monkeypatch.setattr("transformerfam.load", load)
     monkeypatch.setattr("transformerfam.models.load", load)
 
 

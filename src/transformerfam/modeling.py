@@ -86,18 +86,13 @@ class FamDecoder(Picklable):
             raise ValueError(
                 "Nothing to read: give input_ids or inputs_embeds of at least one token."
             )
-        self._check_call(past_key_values, inputs)
+        self._check_call(past_key_values, inputs, fam_losses, fam_observer)
         config, memory = self.fam_config, past_key_values
         if use_cache is None:
             use_cache = bool(getattr(self.config, "use_cache", True))
         if memory is None and use_cache and not (self.training and self.gradient_checkpointing):
             memory = Memory(config, inputs.shape[0], len(layers_of(self)))
         if config.through_stack:
-            if fam_losses is not None or fam_observer is not None:
-                raise ValueError(
-                    "fam_losses and fam_observer look at the FAM of each layer, and under "
-                    f"recurrence={config.recurrence!r} there is none; leave them out."
-                )
             output = self._by_segments(config, memory, inputs, attention_mask, **kwargs)
             return output if return_dict is not False else output.to_tuple()
         call = self._call(config, memory, inputs, attention_mask, fam_losses, fam_observer)
@@ -221,11 +216,17 @@ class FamDecoder(Picklable):
         output: ModelOutput = kind(last_hidden_state=hidden, past_key_values=memory)
         return output
 
-    def _check_call(self, memory: object, inputs: Tensor) -> None:
+    def _check_call(self, memory: object, inputs: Tensor, *looks: object) -> None:
+        """`looks`: what looks at FAM, or None."""
         if self.config._attn_implementation != ATTENTION_NAME:
             raise ValueError(
                 f"A TransformerFAM needs its own attention, not {self.config._attn_implementation!r}; "
                 "choose how it is computed with FamConfig(backend=...)."
+            )
+        if self.fam_config.through_stack and any(look is not None for look in looks):
+            raise ValueError(
+                "fam_losses and fam_observer look at the FAM of each layer, and under "
+                f"recurrence={self.fam_config.recurrence!r} there is none; leave them out."
             )
         if memory is None:
             return

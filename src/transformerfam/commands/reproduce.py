@@ -103,32 +103,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Make the pages that were asked for, one after the other."""
-    from transformerfam.reproduction import results
-    from transformerfam.reproduction.items import ITEMS
-    from transformerfam.reproduction.machine import MACHINE
     from transformerfam.reproduction.page import write_index
 
-    titles = {name: item.title for name, item in ITEMS.items()}
-    titles |= {name: (make.__doc__ or "").splitlines()[0] for name, make in MACHINE.items()}
-    titles |= {name: title for name, (title, _, _) in results.ITEMS.items()}
+    titles = _titles()
     if not args.items:
         print(report.facts(sorted(titles.items())))
         return 0
-    names = list(dict.fromkeys(args.items))
-    if names == ["all"]:
-        names = sorted(set(titles) - (set() if args.data else set(results.ITEMS)))
-    if unknown := [name for name in names if name not in titles]:
-        raise UserError(
-            f"There is no item {unknown[0]}; `fam reproduce` without one lists what there is."
-        )
-    folder = Path(args.out)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        reason = (error.strerror or str(error)).lower()
-        raise UserError(f"The folder {folder} cannot be made: {reason}.") from None
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise UserError(f"Nothing can be written in the folder {folder}; name another with --out.")
+    names, folder = _names(args, titles), _folder(args.out)
     for name in names:
         began = time.monotonic()
         try:
@@ -147,6 +128,43 @@ def run(args: argparse.Namespace) -> int:
         )
     write_index(folder)
     return 0
+
+
+def _titles() -> dict[str, str]:
+    """What there is."""
+    from transformerfam.reproduction import results
+    from transformerfam.reproduction.items import ITEMS
+    from transformerfam.reproduction.machine import MACHINE
+
+    titles = {name: item.title for name, item in ITEMS.items()}
+    titles |= {name: (make.__doc__ or "").splitlines()[0] for name, make in MACHINE.items()}
+    titles |= {name: title for name, (title, _, _) in results.ITEMS.items()}
+    return titles
+
+
+def _names(args: argparse.Namespace, titles: dict[str, str]) -> list[str]:
+    from transformerfam.reproduction import results
+
+    names = list(dict.fromkeys(args.items))
+    if names == ["all"]:
+        return sorted(set(titles) - (set() if args.data else set(results.ITEMS)))
+    if unknown := [name for name in names if name not in titles]:
+        raise UserError(
+            f"There is no item {unknown[0]}; `fam reproduce` without one lists what there is."
+        )
+    return names
+
+
+def _folder(path: str) -> Path:
+    folder = Path(path)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        reason = (error.strerror or str(error)).lower()
+        raise UserError(f"The folder {folder} cannot be made: {reason}.") from None
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise UserError(f"Nothing can be written in the folder {folder}; name another with --out.")
+    return folder
 
 
 def _page(name: str, args: argparse.Namespace, folder: Path) -> Page:
@@ -173,7 +191,8 @@ def _page(name: str, args: argparse.Namespace, folder: Path) -> Page:
 
 def _results(name: str, args: argparse.Namespace, folder: Path, command: str) -> Page:
     """Ask a pretrained model about real data."""
-    from transformerfam import evaluate, load
+    from transformerfam import evaluate
+    from transformerfam.models import load
     from transformerfam.reproduction import results
 
     if args.data is None:
