@@ -231,7 +231,7 @@ def test_readers_and_geometry_are_arguments(folder: str) -> None:
         ({"pretrained": object()}, "needs its tokenizer"),
         ({"pretrained": object(), "tokenizer": object()}, "is no TransformerFAM"),
     ],
-    ids=str,
+    ids=["name", "reader", "geometry", "length", "no tokenizer", "another model"],
 )
 def test_arguments_that_cannot_be_are_refused(
     folder: str, arguments: dict[str, Any], words: str

@@ -208,6 +208,13 @@ def test_a_claim_is_judged_seed_by_seed(reach: list[tuple[int, int]], verdict: s
     assert "not measured" in page.judge(Claim("FAM", "M9"), ITS, curves)
 
 
+def test_two_that_are_at_chance_are_not_told_apart() -> None:
+    curves = {"M1": [{4: 0.09, 200: 0.11}] * 2, "FAM": [{4: 0.13, 200: 0.12}] * 2}
+    assert "**cannot be told" in page.judge(Claim("FAM", "M1"), ITS, curves)
+    curves["FAM"] = [{4: 0.3, 200: 0.12}] * 2
+    assert "**held**: 0.210" in page.judge(Claim("FAM", "M1"), ITS, curves)
+
+
 def test_the_page_shows_spread_reach_and_what_the_paper_says(tmp_path: Path) -> None:
     item = replace(ITEMS["table6"], experiment=ITS, claims=(Claim("FAM", "M1"),), said="FAM holds.")
     made = page.item_page("table6", item, found((2, 200), (2, 4)), "fam reproduce table6", tmp_path)

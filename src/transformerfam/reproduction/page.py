@@ -28,6 +28,8 @@ ASKED = {
     "3 late": "three keys, the one asked seen late",
     "text": "bytes of prose, by place",
 }
+# Digits are said right by chance once in ten times.
+_HARDLY_ANYTHING = 0.15
 # variant -> for each seed, share right by length
 Curves = dict[str, list[dict[int, float]]]
 Found = Sequence[tuple[Planned, Result]]
@@ -109,7 +111,9 @@ def judge(claim: Claim, its: Experiment, curves: Curves) -> str:
     where = "all lengths" if claim.within else "lengths beyond those trained on"
     means = f"{statistics.mean(more):.3f} against {statistics.mean(less):.3f} over {where}"
     seeds = len(more)
-    if wins == seeds:
+    if its.kind == "passkey" and max(map(statistics.mean, (more, less))) < _HARDLY_ANYTHING:
+        verdict = "cannot be told, since neither says much more than chance"
+    elif wins == seeds:
         verdict = "held" if seeds > 1 else "held with the one seed"
     elif wins == 0:
         verdict = "did not hold"
