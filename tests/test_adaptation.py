@@ -27,7 +27,7 @@ from transformerfam.training.recipe import Recipe
 from transformerfam.training.trainer import Trained, Trainer
 
 # Gemma scales and caps, Qwen norms queries and keys, Phi has one matrix for q, k and v.
-SOME = ["Llama", "Gemma 2", "Qwen3", "Phi-3"]
+SOME = ["Llama", *(pytest.param(f, marks=pytest.mark.slow) for f in ("Gemma 2", "Qwen3", "Phi-3"))]
 IDS = some_tokens(2, 23)
 
 

@@ -284,7 +284,7 @@ def test_the_name_is_known_as_soon_as_the_models_of_the_harness_are(
 
 
 def test_the_hook_is_installed_and_costs_nothing_when_python_starts() -> None:
-    root = Path(hook.__file__).parents[1]
+    root = Path(__file__).parents[1]
     line = (root / "src" / "_transformerfam_lm_eval.pth").read_text()
     assert line == f"import {hook.__name__}\n"
     settings = (root / "pyproject.toml").read_text()

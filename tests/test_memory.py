@@ -19,7 +19,7 @@ from transformerfam import FamConfig, Memory, convert
 B = 6
 PAPER = VARIANTS["paper"]
 SINKS = VARIANTS["sinks"]
-WINDOWED = [n for n, c in VARIANTS.items() if c.attention != "full" and c.backend != "flex"]
+WINDOWED = [n for n, c in VARIANTS.items() if not c.keeps_everything and c.backend != "flex"]
 
 
 @torch.no_grad()
@@ -67,6 +67,7 @@ def test_its_bytes_follow_from_the_geometry_alone(name: str) -> None:
     keys_and_values = 2 * heads * config.slots * features
     anchors = heads * len(config.anchor_positions) * features
     extra = {
+        "fam_input": config.fam_length * width,
         "output_keys": heads * B * features,
         "output_values": heads * B * features,
         "compressed": heads * features * (features + 1),

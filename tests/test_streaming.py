@@ -77,7 +77,7 @@ def test_whole_equals_token_by_token_equals_resumed_equals_forked(
 
 
 @given(data=st.data())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 def test_any_split_equals_whole(data: st.DataObject) -> None:
     name = data.draw(st.sampled_from([n for n, c in VARIANTS.items() if c.backend == "sdpa"]))
     length = data.draw(st.integers(1, 7 * B))
@@ -93,7 +93,7 @@ def test_any_split_equals_whole(data: st.DataObject) -> None:
 
 
 @given(data=st.data())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 def test_a_row_of_a_ragged_batch_equals_the_row_alone(data: st.DataObject) -> None:
     """Rows of any lengths, padded left, right or in the middle, over several calls."""
     name = data.draw(st.sampled_from([n for n, c in VARIANTS.items() if c.backend == "sdpa"]))

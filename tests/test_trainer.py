@@ -221,7 +221,13 @@ KINDS: dict[str, dict[str, dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("kind", KINDS)
+# The others take seconds each for the same contract: `make slow`.
+QUICK = ("packed, everything random, dropout", "documents, truncated, micro batches")
+
+
+@pytest.mark.parametrize(
+    "kind", [k if k in QUICK else pytest.param(k, marks=pytest.mark.slow) for k in KINDS]
+)
 def test_a_run_that_was_stopped_goes_on_as_if_it_had_not(kind: str, tmp_path: Path) -> None:
     source = Counting(longest=40 if "documents" in kind else 30)
     whole = run(recipe(tmp_path / "whole", **KINDS[kind]), source)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import cache
 from typing import TYPE_CHECKING, get_args, get_type_hints
 
 if TYPE_CHECKING:
@@ -21,6 +22,13 @@ _CHOICES = (
     "recurrence",
     "backend",
 )
+
+
+@cache
+def _choices(kind: type[FamConfig]) -> dict[str, tuple[str, ...]]:
+    """Field -> the names that it takes. Reading annotations is slow, and checks are not rare."""
+    hints = get_type_hints(kind)
+    return {name: get_args(hints[name]) for name in _CHOICES}
 
 
 def check(config: FamConfig) -> None:
@@ -54,9 +62,7 @@ def _check_numbers(config: FamConfig) -> None:
 
 
 def _check_choices(config: FamConfig) -> None:
-    hints = get_type_hints(type(config))
-    for name in _CHOICES:
-        allowed = get_args(hints[name])
+    for name, allowed in _choices(type(config)).items():
         if getattr(config, name) not in allowed:
             raise ValueError(
                 f"{name} must be one of {', '.join(allowed)}, not {getattr(config, name)!r}."

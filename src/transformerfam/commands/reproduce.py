@@ -69,6 +69,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="LENGTHS",
         help="ask at these lengths, with commas between: blocks, or tokens at the scale small",
     )
+    _add_real_data(parser)
+    parser.add_argument(
+        "--workers",
+        metavar="COUNT",
+        type=options.whole(1),
+        default=2,
+        help="runs at a time, each on one core (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--out",
+        metavar="FOLDER",
+        default="reproduction",
+        help="where pages, pictures and numbers go (default: %(default)s)",
+    )
+    options.add_quiet(parser)
+
+
+def _add_real_data(parser: argparse.ArgumentParser) -> None:
+    """What is asked of a pretrained model."""
     parser.add_argument(
         "--data",
         metavar="FOLDER",
@@ -85,20 +104,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=options.whole(1),
         help="for results, table2 and table12: questions of each kind, for a quick look",
     )
-    parser.add_argument(
-        "--workers",
-        metavar="COUNT",
-        type=options.whole(1),
-        default=2,
-        help="runs at a time, each on one core (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--out",
-        metavar="FOLDER",
-        default="reproduction",
-        help="where pages, pictures and numbers go (default: %(default)s)",
-    )
-    options.add_quiet(parser)
 
 
 def run(args: argparse.Namespace) -> int:
