@@ -30,8 +30,6 @@ WAYS: dict[str, tuple[dict[str, Any], str, dict[str, Any]]] = {
     "kept, start token": (KEPT, "start", {}),
     "paper": ({**GEOMETRY, "first_residual": "zero"}, "vocabulary", {}),
 }
-# The part of the steps over which a bias rises.
-RISES = 0.25
 
 
 def text_parts(path: str | None) -> tuple[str, str]:
@@ -55,7 +53,7 @@ def work(run: Run) -> Result:
 
     torch.set_num_threads(1)
     geometry, prompt, feedback = WAYS[run["way"]]
-    bias = {**feedback, "bias_steps": round(run["steps"] * RISES) if feedback else 0}
+    bias = {**feedback, "bias_steps": round(run["steps"] * run["rises"]) if feedback else 0}
     recipe = Recipe.from_dict(
         {
             "fam": geometry,
@@ -106,6 +104,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=36)
     parser.add_argument("--length", type=int, default=512, help="tokens of a step")
     parser.add_argument("--asked", type=int, default=1024, help="tokens that are measured")
+    parser.add_argument("--rises", type=float, default=0.25, help="share of the steps for the bias")
     parser.add_argument("--text", help="a text file instead of the language reference")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--biases", help="only the loss after conversion under these biases")
@@ -114,7 +113,8 @@ def main() -> None:
     if args.biases:
         print_by_bias([float(b) for b in args.biases.split(",")], args)
         return
-    sizes = {"steps": args.steps, "length": args.length, "asked": args.asked, "text": args.text}
+    names = ("steps", "length", "asked", "text", "rises")
+    sizes = {name: getattr(args, name) for name in names}
     runs = [{"way": way, "seed": seed, **sizes} for way in WAYS for seed in range(args.seeds)]
     found: dict[tuple[str, int], Result] = {}
     for run, result, kept in results_of(runs, work, args.output, workers=args.workers):
