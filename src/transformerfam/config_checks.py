@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from functools import cache
-from typing import TYPE_CHECKING, get_args, get_type_hints
+from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
 if TYPE_CHECKING:
     from transformerfam.config import FamConfig
@@ -25,7 +25,7 @@ _CHOICES = (
 
 
 @cache
-def _choices(kind: type[FamConfig]) -> dict[str, tuple[str, ...]]:
+def _choices(kind: Any) -> dict[str, tuple[str, ...]]:
     """Field -> the names that it takes. Reading annotations is slow, and checks are not rare."""
     hints = get_type_hints(kind)
     return {name: get_args(hints[name]) for name in _CHOICES}
