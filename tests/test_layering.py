@@ -41,7 +41,7 @@ ORDER = [
 
 # Inside a function an import may also go back, for a reason.
 BACK = {
-    ("config_checks", "config"): "only the name of the type",
+    ("config_checks", "config"): "the type that is checked, and what its annotations allow",
     ("memory", "memory_file"): "Memory.save and Memory.load are where one looks for them",
     ("modeling", "conversion"): "a pickle makes the classes of its family again",
     ("auto", "conversion"): "a config.json names a family whose classes are made then",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from functools import cache
-from typing import TYPE_CHECKING, Any, get_args, get_type_hints
+from typing import TYPE_CHECKING, get_args, get_type_hints
 
 if TYPE_CHECKING:
     from transformerfam.config import FamConfig
@@ -25,9 +25,11 @@ _CHOICES = (
 
 
 @cache
-def _choices(kind: Any) -> dict[str, tuple[str, ...]]:
+def _choices() -> dict[str, tuple[str, ...]]:
     """Field -> the names that it takes. Reading annotations is slow, and checks are not rare."""
-    hints = get_type_hints(kind)
+    from transformerfam.config import FamConfig
+
+    hints = get_type_hints(FamConfig)
     return {name: get_args(hints[name]) for name in _CHOICES}
 
 
@@ -62,7 +64,7 @@ def _check_numbers(config: FamConfig) -> None:
 
 
 def _check_choices(config: FamConfig) -> None:
-    for name, allowed in _choices(type(config)).items():
+    for name, allowed in _choices().items():
         if getattr(config, name) not in allowed:
             raise ValueError(
                 f"{name} must be one of {', '.join(allowed)}, not {getattr(config, name)!r}."
