@@ -298,6 +298,7 @@ def test_an_adapter_that_does_not_fit_is_refused_in_a_sentence(
 HALVES = [("bfloat16", "fp32"), ("bfloat16", "bf16"), ("float32", "bf16")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("dtype", "precision"), HALVES)
 @pytest.mark.parametrize("what", ["lora", "prompt", "full"])
 def test_half_precision_trains_wide_weights_through_several_calls(

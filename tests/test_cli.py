@@ -261,6 +261,7 @@ def test_interrupts_ask_once_and_then_insist() -> None:
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
+@pytest.mark.slow
 def test_a_reader_that_goes_away_ends_it_quietly(
     folder: str, processes: list[subprocess.Popen[bytes]]
 ) -> None:

@@ -11,7 +11,8 @@ from variants import VARIANTS
 from transformerfam import FamConfig, convert
 
 B = 6
-LENGTHS = (1, B - 1, B, B + 1, 5 * B + 1)
+_SLOW = [pytest.param(length, marks=pytest.mark.slow) for length in (1, B - 1)]
+LENGTHS = (*_SLOW, B, B + 1, 5 * B + 1)
 
 
 @pytest.mark.parametrize("length", LENGTHS)

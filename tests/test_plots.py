@@ -115,6 +115,7 @@ def test_draws_a_file_of_its_kind(name: str, beginning: bytes, tmp_path: Path) -
     assert [file.name for file in tmp_path.iterdir()] == [name]
 
 
+@pytest.mark.slow
 def test_same_figure_same_file_and_sinks_are_seen(tmp_path: Path) -> None:
     first, second, sinks = (tmp_path / f"{n}.svg" for n in "abc")
     plots.draw_masks(first)

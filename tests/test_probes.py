@@ -132,6 +132,7 @@ def test_a_model_that_knows_the_keys_says_them_and_a_random_one_does_not(keys: i
         assert probe(model) == {"400": 1 - len(wrong) / 4}
 
 
+@pytest.mark.slow
 def test_how_many_texts_are_read_side_by_side_does_not_matter() -> None:
     """Texts without room for filler are of several lengths, and still all of them are counted."""
     texts = PasskeyTexts(TOKENIZER, lengths=[1, 300], digits=1)

@@ -216,6 +216,7 @@ def assert_exactly_the_same_run(ours: Path, theirs: Path) -> None:
     assert all(torch.equal(adapter[name], expected[name]) for name in expected)
 
 
+@pytest.mark.slow
 def test_a_run_that_is_killed_goes_on_exactly(table: dict[str, Any], tmp_path: Path) -> None:
     options: dict[str, Any] = {"steps": 20, "checkpoint_every": 1}
     folder = tmp_path / "killed"
