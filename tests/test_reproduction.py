@@ -281,6 +281,7 @@ def test_small_runs_are_recipes() -> None:
         list(scales.small_plan(ITEMS["table11"].experiment, [0], lengths=None, steps=None))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ITEMS)
 def test_every_item_has_its_larger_scales_or_is_refused(name: str, tmp_path: Path) -> None:
     item = ITEMS[name]

@@ -53,6 +53,7 @@ def test_every_token_is_scored_with_all_that_came_before(chunk_tokens: int | Non
         assert chunk.loss == (chunk.nats / chunk.scored if chunk.scored else None)
 
 
+@pytest.mark.slow
 @settings(max_examples=25, deadline=None)
 @given(cuts=st.lists(st.integers(0, len(TEXT)), max_size=4).map(sorted))
 def test_reading_in_parts_and_from_files_is_reading_once(
