@@ -23,7 +23,6 @@ from transformerfam.reproduction.experiment import Experiment, Planned, Shape, V
 from transformerfam.reproduction.items import ITEMS, Claim
 from transformerfam.reproduction.machine import MACHINE
 from transformerfam.reproduction.runs import results_of
-from transformerfam.training.recipe import Recipe, find
 
 TOKENIZER = TOKENIZERS["gpt2"]
 SHAPE = Shape(width=16, layers=2, block=24, digits=3, rows=4)
@@ -82,13 +81,11 @@ def test_prose_is_trained_on_and_measured_in_different_parts() -> None:
 def test_prose_is_measured_by_place() -> None:
     run = {"shape": {"block": 4}, "lengths": [1, 3], "count": 2}
 
-    class AlwaysE(torch.nn.Module):
-        """Tells the byte that is most frequent in English, whatever comes."""
-
-    model = AlwaysE()
+    model = torch.nn.Module()
     text, seen = toy_text.parts()[1], []
 
     def read(_: object, ids: bytes) -> Any:
+        """Tells the byte that is most frequent in English, whatever comes."""
         seen.append(bytes(ids))
         hits = torch.tensor([byte == ord("e") for byte in ids[1:]])
         yield type("Chunk", (), {"hits": hits})()
@@ -274,7 +271,7 @@ def test_a_toys_geometry_becomes_the_papers() -> None:
 
 def test_small_runs_are_recipes() -> None:
     planned = list(scales.small_plan(ITS, [3], lengths=None, steps=7))
-    recipe = Recipe.load(find("passkey"), scales.small_overrides(planned[1].run))
+    recipe = scales.small_recipe(planned[1].run)
     assert recipe.run.steps == 7 and recipe.run.seed == 3
     assert recipe.fam == scales.paper_geometry(ITS.variants[1], block=256)
     with pytest.raises(UserError, match="smollm2-memory"):
@@ -295,7 +292,7 @@ def test_every_item_has_its_larger_scales_or_is_refused(name: str, tmp_path: Pat
     runs = [json.dumps(each.run) for each in planned]
     assert len(set(runs)) == len(runs)
     for each in planned:
-        recipe = Recipe.load(find("passkey"), scales.small_overrides(each.run))
+        recipe = scales.small_recipe(each.run)
         assert recipe.fam == FamConfig.from_dict(each.run["fam"])
         assert recipe.data.length == scales.SMALL_LONGEST
     answers = {"accuracy": {"1 start": {"2048": 1.0, "32768": 0.5}}, "last_loss": 1, "seconds": 60}
@@ -318,7 +315,7 @@ def test_what_variants_are_compared_by_is_off_in_the_others() -> None:
 
 
 def test_a_model_of_the_paper_is_counted_and_estimated() -> None:
-    shape = scales.PaperModel("tiny", 2, 8, 4, 2, 1, 1e-4)
+    shape = scales.PaperModel("tiny", 2, 8, 4, 2, 1)
     config = FamConfig.paper(block_size=4, memory_segments=1, fam_length=2)
     weights = scales.count_weights(shape, config)
     per_layer = 2 * 8 * 8 + 2 * 8 * 4 + 3 * 8 * 32 + 2 * 8
@@ -376,7 +373,7 @@ def test_what_needs_no_training_is_made_at_once(
 def test_the_papers_size_is_planned_without_weights(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    shape = scales.PaperModel("tiny", 2, 8, 4, 2, 1, 1e-4)
+    shape = scales.PaperModel("tiny", 2, 8, 4, 2, 1)
     monkeypatch.setattr(scales, "PAPER_MODELS", (shape,))
     argv = ["reproduce", "table6", "--scale", "paper", "--out", str(tmp_path)]
     assert cli.main(argv) == 0

@@ -20,10 +20,14 @@ def table_of(
     for case in cases:
         found = by_case.get(case_key(case), {})
         cells = [_cell(found.get(reader, []), case.metric) for reader in readers]
-        length = case.setting.get("length")
-        axis = "" if length is None else report.tokens_short(length)
-        rows.append([f"{case.label} {axis}".strip(), case.metric, *cells])
+        rows.append([named(case), case.metric, *cells])
     return ["task", "metric", *readers], rows
+
+
+def named(case: Case) -> str:
+    """A case and its length."""
+    length = case.setting.get("length")
+    return case.label if length is None else f"{case.label} {report.tokens_short(length)}"
 
 
 def _cell(lines: Sequence[Line], metric: str) -> str:

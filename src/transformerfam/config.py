@@ -219,6 +219,33 @@ class FamConfig:
         window = self.window_length or (self.memory_segments + 1) * self.block_size
         return layers * window
 
+    def describe(self) -> str:
+        """A geometry in a few words."""
+        B, M = self.block_size, self.memory_segments
+        parts = [self.attention.upper() if self.attention != "full" else "full attention"]
+        if self.attention == "full":
+            parts.append(f"blocks of {B:,}")
+        elif self.window_length is None:
+            parts.append(f"blocks of {B:,} and the {M} before" if M else f"blocks of {B:,} alone")
+        else:
+            parts.append(f"window of {self.window_length:,}")
+        if self.random_blocks:
+            parts.append(f"the first block and {self.random_blocks} drawn ones")
+        if self.summary_tokens:
+            parts.append(f"the last {self.summary_tokens} tokens of each block")
+        if self.sink_tokens:
+            parts.append(f"{self.sink_tokens} sinks")
+        if self.through_stack:
+            parts.append(f"{self.fam_length} memory tokens ({self.memory_name})")
+        else:
+            slots = f"{self.fam_length} feedback slots"
+            parts.append(slots if self.has_feedback else "no feedback")
+        if self.memory_source == "output":
+            parts.append("past blocks as layers' outputs")
+        if self.compressive_memory != "none":
+            parts.append(f"a compressive memory ({self.compressive_memory} rule)")
+        return ", ".join(parts)
+
     # ---- making and comparing
 
     @classmethod

@@ -85,6 +85,12 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], *, indent: str =
     return "\n".join(line(cells) for cells in (header, *rows))
 
 
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table in Markdown, without a line's end behind it."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(c.replace('|', chr(92) + '|') for c in r)} |" for r in lines)
+
+
 def facts(pairs: Sequence[tuple[str, str]], *, indent: str = "") -> str:
     """Names in one column, what there is to say about them in the other."""
     width = max(len(name) for name, _ in pairs)

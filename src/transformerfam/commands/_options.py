@@ -198,6 +198,20 @@ def whole(least: int) -> Callable[[str], int]:
     return parse
 
 
+def lengths(text: str, least: int) -> tuple[int, ...]:
+    """What --lengths says, in ascending order.
+
+    Raises:
+        UserError: if it is no whole numbers of at least `least` with commas between.
+    """
+    try:
+        return tuple(sorted({whole(least)(part) for part in text.split(",")}))
+    except argparse.ArgumentTypeError:
+        raise UserError(
+            f"--lengths takes whole numbers of at least {least} with commas between, not {text!r}."
+        ) from None
+
+
 # ---- from annotations to arguments
 
 

@@ -103,34 +103,6 @@ def shown_name(model: Any, name: str) -> str:
     return Path(name).name if Path(name).exists() else name
 
 
-def describe(config: FamConfig) -> str:
-    """A geometry in a few words."""
-    B, M = config.block_size, config.memory_segments
-    parts = [config.attention.upper() if config.attention != "full" else "full attention"]
-    if config.attention == "full":
-        parts.append(f"blocks of {B:,}")
-    elif config.window_length is None:
-        parts.append(f"blocks of {B:,} and the {M} before" if M else f"blocks of {B:,} alone")
-    else:
-        parts.append(f"window of {config.window_length:,}")
-    if config.random_blocks:
-        parts.append(f"the first block and {config.random_blocks} drawn ones")
-    if config.summary_tokens:
-        parts.append(f"the last {config.summary_tokens} tokens of each block")
-    if config.sink_tokens:
-        parts.append(f"{config.sink_tokens} sinks")
-    if config.through_stack:
-        parts.append(f"{config.fam_length} memory tokens ({config.memory_name})")
-    else:
-        slots = f"{config.fam_length} feedback slots"
-        parts.append(slots if config.has_feedback else "no feedback")
-    if config.memory_source == "output":
-        parts.append("past blocks as layers' outputs")
-    if config.compressive_memory != "none":
-        parts.append(f"a compressive memory ({config.compressive_memory} rule)")
-    return ", ".join(parts)
-
-
 # ---- memories in files
 
 

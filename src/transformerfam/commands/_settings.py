@@ -6,6 +6,7 @@ import textwrap
 from dataclasses import dataclass, fields
 from typing import Any
 
+from transformerfam import report
 from transformerfam.commands._options import GEOMETRY
 
 # The lists of tables stand as sections of their own.
@@ -70,12 +71,9 @@ def as_markdown() -> str:
     parts = []
     for section, found in all_settings().items():
         rows = [
-            f"| `{s.name}` | `{s.default}` | {s.kind} | {s.meaning} |".replace("`–`", "–")
-            for s in found
+            [f"`{s.name}`", f"`{s.default}`".replace("`–`", "–"), s.kind, s.meaning] for s in found
         ]
-        table = "\n".join(
-            ["| setting | default | type | meaning |", "| --- | --- | --- | --- |", *rows]
-        )
+        table = report.markdown_table(["setting", "default", "type", "meaning"], rows)
         parts.append(f"### `{heading(section)}`\n\n{meaning_of_section(section)}\n\n{table}\n")
     return "\n".join(parts).rstrip()
 

@@ -90,7 +90,6 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _as_text(readers: list[Reader], config: Any) -> str:
-    from transformerfam.commands._session import describe
 
     first, *others = readers
     sections = [
@@ -98,7 +97,7 @@ def _as_text(readers: list[Reader], config: Any) -> str:
         ("one more token, ms", lambda r, n: 1000 * r.decode_seconds[n], "{:.1f}"),
     ]
     out = [
-        f"{describe(config)}; {_machine()}",
+        f"{config.describe()}; {_machine()}",
     ]
     for title, value, form in sections:
         rows = []

@@ -204,12 +204,11 @@ class Chat:
         self._say("The memory is empty.")
 
     def _info(self, _: str) -> None:
-        from transformerfam.commands._session import describe
 
         memory = self.session.memory
         self._say(
             f"{memory.position[0]:,} tokens read, memory {report.size(memory.nbytes)}; "
-            f"{self.session.name}: {describe(self.session.config)}"
+            f"{self.session.name}: {self.session.config.describe()}"
         )
 
     def _say(self, line: str) -> None:

@@ -177,7 +177,7 @@ def _wanted(args: argparse.Namespace, tokenizer: Any) -> Wanted:
 
     return Wanted(
         tokenizer=tokenizer,
-        lengths=_LENGTHS if args.lengths is None else _lengths(args.lengths),
+        lengths=_LENGTHS if args.lengths is None else options.lengths(args.lengths, 2),
         samples=args.samples,
         seed=args.seed,
         filler=_filler(args.filler),
@@ -185,15 +185,6 @@ def _wanted(args: argparse.Namespace, tokenizer: Any) -> Wanted:
         most_tokens=args.most_tokens,
         language=args.language,
     )
-
-
-def _lengths(text: str) -> tuple[int, ...]:
-    try:
-        return tuple(sorted({options.whole(2)(part) for part in text.split(",")}))
-    except argparse.ArgumentTypeError:
-        raise UserError(
-            f"--lengths takes whole numbers of at least 2 with commas between, not {text!r}."
-        ) from None
 
 
 def _data(text: str) -> tuple[str, str]:
@@ -226,7 +217,7 @@ def _words(args: argparse.Namespace) -> list[str]:
 
 def _ask_all(asks: Sequence[Ask], results: Any, progress: report.Progress) -> bool:
     """Whether it was stopped by Ctrl-C, which ends it after the present question."""
-    from transformerfam import evaluate
+    from transformerfam import answers, evaluate
     from transformerfam.commands import _session
 
     todo = [ask for ask in asks if ask.key not in results.done]
@@ -242,17 +233,13 @@ def _ask_all(asks: Sequence[Ask], results: Any, progress: report.Progress) -> bo
             seconds = time.monotonic() - began
             left = seconds / done * (len(todo) - done)
             progress.update(
-                f"{done:,}/{len(todo):,}   {ask.case.label} {_axis(ask.case)}, {ask.reader.name}"
+                f"{done:,}/{len(todo):,}   {answers.named(ask.case)}, {ask.reader.name}"
                 f"   {tokens / seconds:,.0f} tokens/s   {report.duration(left)} left"
             )
             if stop.requested:
                 break
     progress.clear()
     return stop.requested
-
-
-def _axis(case: Case) -> str:
-    return report.tokens_short(case.setting["length"]) if "length" in case.setting else ""
 
 
 # ---- showing

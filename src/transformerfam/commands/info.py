@@ -82,7 +82,6 @@ def _memory_facts(path: str, header: dict[str, str]) -> dict[str, Any]:
 
 
 def _memory_text(facts: dict[str, Any]) -> str:
-    from transformerfam.commands._session import describe
     from transformerfam.config import FamConfig
 
     read = ", ".join(f"{position:,}" for position in facts["position"])
@@ -93,7 +92,7 @@ def _memory_text(facts: dict[str, Any]) -> str:
             ("read", f"{read} tokens{rows}"),
             ("size", report.size(facts["file_bytes"])),
             ("layers", str(facts["layers"])),
-            ("geometry", describe(FamConfig.from_dict(facts["config"]))),
+            ("geometry", FamConfig.from_dict(facts["config"]).describe()),
         ]
     )
 
@@ -195,7 +194,6 @@ def _costs(session: Session, shape: ModelShape) -> list[dict[str, Any]]:
 
 
 def _model_text(session: Session, facts: dict[str, Any]) -> str:
-    from transformerfam.commands._session import describe
 
     config = session.config
     pairs = [
@@ -204,7 +202,7 @@ def _model_text(session: Session, facts: dict[str, Any]) -> str:
             f"{facts['model']} ({facts['family']}, {facts['layers']} layers, {facts['dtype']})",
         ),
         ("parameters", f"{report.short(facts['parameters'])}{_prompt_part(facts)}"),
-        ("geometry", describe(config) + _trained(session)),
+        ("geometry", config.describe() + _trained(session)),
         ("sees", _sees(session, facts["receptive_field"])),
         ("memory", _memory(session, facts)),
     ]

@@ -151,7 +151,6 @@ def _look(
 def _write_page(
     args: argparse.Namespace, session: Session, found: Inspection, name: str, more: bool
 ) -> None:
-    from transformerfam.commands._session import describe
     from transformerfam.files import whole_file
     from transformerfam.inspection_page import page
     from transformerfam.text import words_of
@@ -160,7 +159,7 @@ def _write_page(
         found,
         words_of(session.tokenizer, found.tokens),
         title=Path(name).name,
-        facts=[session.name, describe(session.config), _read(found, more)],
+        facts=[session.name, session.config.describe(), _read(found, more)],
         trained=session.trained,
     )
     try:
@@ -180,7 +179,6 @@ def _read(found: Inspection, more: bool) -> str:
 def _summary(
     args: argparse.Namespace, session: Session, found: Inspection, name: str, more: bool
 ) -> str:
-    from transformerfam.commands._session import describe
 
     tail = "; --tokens reads more" if more else ""
     layers = ", ".join(str(layer.layer) for layer in found.layers)
@@ -189,7 +187,7 @@ def _summary(
         loss += f", {found.losses_without[1:].mean():.3f} with the feedback memory off"
     pairs = [
         ("text", f"{name}, {_read(found, more)}{tail}"),
-        ("model", f"{session.name}: {describe(session.config)}"),
+        ("model", f"{session.name}: {session.config.describe()}"),
         ("layers", f"{layers} of {found.model_layers}"),
         ("loss", loss),
         ("page", f"{args.output}, {report.size(Path(args.output).stat().st_size)}"),

@@ -306,14 +306,12 @@ class Reading:
 
     def summary(self) -> str:
         """What a person wants to know at the end."""
-        from transformerfam.commands._session import describe
-
         tally, session = self.tally, self.session
         position = session.memory.position[0]
         before = "" if position == tally.tokens else f", {position:,} with those read before"
         stopped = ", stopped by Ctrl-C" if self.interrupted else ""
         pairs = [("text", f"{self.source.name}, {tally.tokens:,} tokens{before}{stopped}")]
-        pairs.append(("model", f"{session.name}: {describe(session.config)}"))
+        pairs.append(("model", f"{session.name}: {session.config.describe()}"))
         if tally.loss is not None:
             perplexity = report.perplexity(tally.loss)
             pairs.append(("loss", f"{tally.loss:.3f} nats a token (perplexity {perplexity:,.1f})"))

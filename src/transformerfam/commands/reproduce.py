@@ -18,6 +18,7 @@ from transformerfam.errors import UserError
 if TYPE_CHECKING:
     from transformerfam.reproduction.experiment import Planned
     from transformerfam.reproduction.page import Found, Page
+    from transformerfam.reproduction.runs import Result
 
 HELP = "make a table or figure of the paper again: train, ask, draw"
 
@@ -149,10 +150,14 @@ def _titles() -> dict[str, str]:
 
 def _names(args: argparse.Namespace, titles: dict[str, str]) -> list[str]:
     from transformerfam.reproduction import results
+    from transformerfam.reproduction.machine import MACHINE
 
     names = list(dict.fromkeys(args.items))
     if names == ["all"]:
-        return sorted(set(titles) - (set() if args.data else set(results.ITEMS)))
+        # A page that goes by two names is made once.
+        once = {make: name for name, make in sorted(MACHINE.items(), reverse=True)}.values()
+        left_out = set(MACHINE) - set(once) | (set() if args.data else set(results.ITEMS))
+        return sorted(set(titles) - left_out)
     if unknown := [name for name in names if name not in titles]:
         raise UserError(
             f"There is no item {unknown[0]}; `fam reproduce` without one lists what there is."
@@ -175,15 +180,13 @@ def _folder(path: str) -> Path:
 def _page(name: str, args: argparse.Namespace, folder: Path) -> Page:
     from transformerfam.reproduction import page, results, scales
     from transformerfam.reproduction.items import ITEMS
-    from transformerfam.reproduction.machine import MACHINE, figure11, paper_page
+    from transformerfam.reproduction.machine import MACHINE, Making, paper_page
 
     command = _command(name, args)
     if name in results.ITEMS:
         return _results(name, args, folder, command)
-    if name == "figure11":
-        return figure11(folder, command, args.adapter)
     if name in MACHINE:
-        return MACHINE[name](folder, command)
+        return MACHINE[name](Making(folder, command, args.adapter))
     item = ITEMS[name]
     if args.scale == "paper":
         return paper_page(name, item, command)
@@ -196,7 +199,7 @@ def _page(name: str, args: argparse.Namespace, folder: Path) -> Page:
 
 def _results(name: str, args: argparse.Namespace, folder: Path, command: str) -> Page:
     """Ask a pretrained model about real data."""
-    from transformerfam import evaluate
+    from transformerfam import answers, evaluate
     from transformerfam.models import load
     from transformerfam.reproduction import results
 
@@ -216,7 +219,7 @@ def _results(name: str, args: argparse.Namespace, folder: Path, command: str) ->
     progress, kept = report.Progress(quiet=args.quiet), folder / "answers"
     cases = [case for group in groups.values() for case in group]
     for done, count, asked, _ in results.ask(model, cases, kept):
-        progress.update(f"{done:,}/{count:,}   {asked.case.label}, {asked.reader.name}")
+        progress.update(f"{done:,}/{count:,}   {answers.named(asked.case)}, {asked.reader.name}")
     lines = evaluate.read_results(kept)[1]
     about = results.describe(model, args.adapter)
     return results.results_page(name, groups, lines, command, about, folder)
@@ -237,38 +240,24 @@ def _found(name: str, args: argparse.Namespace, folder: Path) -> Found:
     planned = list(make(its, range(args.seeds), lengths=lengths, steps=args.steps))
     progress = report.Progress(quiet=args.quiet)
     progress.passing(f"{name}: {len(planned)} runs ...")
-    results, made = [], 0
+    whose = {str(each.run): each for each in planned}
+    results: dict[str, Result] = {}
     runs = [each.run for each in planned]
     for run, result, kept in results_of(runs, work, folder / _RUNS, workers=args.workers):
-        results.append((run, result))
-        made += not kept
+        results[str(run)] = result
         if not kept:
-            progress.note(_told(len(results), planned, run, result))
-    return [(each, next(r for run, r in results if run == each.run)) for each in planned]
+            told = _told(whose[str(run)], result)
+            progress.note(f"{len(results)}/{len(planned)}   {told}")
+    return [(each, results[str(each.run)]) for each in planned]
 
 
-def _told(
-    done: int, planned: list[Planned], run: dict[str, object], result: dict[str, object]
-) -> str:
-    whose = next(each for each in planned if each.run == run)
-    seconds = result["seconds"]
-    assert isinstance(seconds, float)
-    return (
-        f"{done}/{len(planned)}   {whose.variant}, seed {whose.seed}: loss {result['last_loss']:.3f}, "
-        f"{report.duration(seconds)}"
-    )
+def _told(planned: Planned, result: Result) -> str:
+    seconds = report.duration(result["seconds"])
+    return f"{planned.variant}, seed {planned.seed}: loss {result['last_loss']:.3f}, {seconds}"
 
 
 def _lengths(text: str | None) -> tuple[int, ...] | None:
-    if text is None:
-        return None
-    try:
-        lengths = sorted({int(part) for part in text.split(",")})
-    except ValueError:
-        lengths = []
-    if not lengths or lengths[0] < 1:
-        raise UserError(f"--lengths takes numbers of at least 1 with commas between, not {text!r}.")
-    return tuple(lengths)
+    return None if text is None else options.lengths(text, 1)
 
 
 def _command(name: str, args: argparse.Namespace) -> str:

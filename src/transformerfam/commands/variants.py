@@ -71,11 +71,10 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(found))
         return 0
-    from transformerfam.commands._session import describe
 
     print(
         f"State and operations for {args.model or 'the shape of SmolLM2-135M'} in {args.dtype}, after "
-        f"{args.length:,} tokens.\nCommon geometry: {describe(base)}.\n"
+        f"{args.length:,} tokens.\nCommon geometry: {base.describe()}.\n"
     )
     print("\n\n".join(map(_text, found)))
     return 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
@@ -11,18 +12,36 @@ from transformerfam.config import FamConfig
 from transformerfam.reproduction import scales
 from transformerfam.reproduction.experiment import Experiment
 from transformerfam.reproduction.items import Item
-from transformerfam.reproduction.page import Page, markdown_table, papers_table, papers_tables
+from transformerfam.reproduction.page import Page, papers_table, papers_tables
+from transformerfam.reproduction.results import UNTRAINED
 
 FLOPS_OF_AN_ACCELERATOR = 4e14  # an H100 in bfloat16, at two fifths of its peak
 BENCH_LENGTHS = (2048, 4096, 8192, 16_384, 32_768)
 
 
-def figure1(folder: Path, command: str) -> Page:
+@dataclass(frozen=True)
+class Making:
+    """What a page is made for.
+
+    Attributes:
+        folder: where its pictures go.
+        command: that makes it.
+        adapter: of the default model, where one is asked; None: nothing trained.
+    """
+
+    folder: Path
+    command: str
+    adapter: str | None = None
+
+
+def figure1(making: Making) -> Page:
     """Figures 1 and 2: attention patterns, drawn from the predicates that the code computes with."""
     from transformerfam.plots import draw_masks
 
-    page = Page("figure1", ["# Figures 1 and 2: attention patterns", "", f"    {command}", ""])
-    picture = folder / "figure1.png"
+    page = Page(
+        "figure1", ["# Figures 1 and 2: attention patterns", "", f"    {making.command}", ""]
+    )
+    picture = making.folder / "figure1.png"
     draw_masks(picture)
     page.pictures.append(picture)
     page.lines += [
@@ -35,18 +54,18 @@ def figure1(folder: Path, command: str) -> Page:
     return page
 
 
-def figure11(folder: Path, command: str, adapter: str | None = None) -> Page:
+def figure11(making: Making) -> Page:
     """Figure 11: what block queries and FAM queries look at, in the default model."""
     from transformerfam.attention_maps import draw_attention_maps
     from transformerfam.inspection import inspect_stream
     from transformerfam.models import load
     from transformerfam.text import TokenIds, language_reference
 
-    config = FamConfig(block_size=256, memory_segments=1, fam_length=8)
-    model, tokenizer = load(adapter=adapter, config=None if adapter else config)
+    adapter = making.adapter
+    model, tokenizer = load(adapter=adapter, config=None if adapter else UNTRAINED)
     ids = list(islice(TokenIds(tokenizer, [language_reference()]), 6 * model.fam_config.block_size))
     found = inspect_stream(model, ids, baseline=False)
-    picture = folder / "figure11.png"
+    picture = making.folder / "figure11.png"
     draw_attention_maps(picture, found)
     B = found.config.block_size
     rows = []
@@ -62,7 +81,9 @@ def figure11(folder: Path, command: str, adapter: str | None = None) -> Page:
             ]
         )
     header = ["layer", "read from FAM", "in the last block", "by a tenth of the block's tokens"]
-    page = Page("figure11", ["# Figure 11: attention maps with FAM", "", f"    {command}", ""])
+    page = Page(
+        "figure11", ["# Figure 11: attention maps with FAM", "", f"    {making.command}", ""]
+    )
     page.pictures.append(picture)
     page.lines += [
         f"SmolLM2-135M-Instruct, {'trained' if adapter else 'nothing trained'}, reads {len(ids):,} "
@@ -75,12 +96,12 @@ def figure11(folder: Path, command: str, adapter: str | None = None) -> Page:
         "The share of tokens' attention that goes to FAM from block 1 on; and of what FAM queries give "
         "to the last block, the share that the tenth of its tokens gets that gets most.",
         "",
-        markdown_table(header, rows),
+        report.markdown_table(header, rows),
     ]
     return page
 
 
-def table3(folder: Path, command: str) -> Page:
+def table3(making: Making) -> Page:
     """Tables 3 and 4: shapes and hyperparameters, built without weights."""
     config = FamConfig.paper()
     rows = []
@@ -100,20 +121,20 @@ def table3(folder: Path, command: str) -> Page:
         [
             "# Tables 3 and 4: shapes and hyperparameters",
             "",
-            f"    {command}",
+            f"    {making.command}",
             "",
             "The three sizes of table 3, built without weights as Llama decoders with PaLM's vocabulary "
             "(the paper's own are Flan-PaLM, whose layers differ). A conversion adds the prompt and "
             "nothing else. The recipe `paper` has the hyperparameters of table 4.",
             "",
-            markdown_table(header, rows),
+            report.markdown_table(header, rows),
             "",
             *papers_tables(["table03_architecture", "table04_hyperparameters"]),
         ],
     )
 
 
-def table10(folder: Path, command: str) -> Page:
+def table10(making: Making) -> Page:
     """Table 10: what the long-context tasks are."""
     from transformerfam.tasks import TASKS
 
@@ -123,19 +144,19 @@ def table10(folder: Path, command: str) -> Page:
         [
             "# Table 10: the tasks",
             "",
-            f"    {command}",
+            f"    {making.command}",
             "",
             "The tasks of `fam eval`, the paper's long-context tasks among them; their data comes from "
             "the hub or from local files.",
             "",
-            markdown_table(["task", "what it asks", "after"], rows),
+            report.markdown_table(["task", "what it asks", "after"], rows),
             "",
             *papers_tables(["table10_lct_tasks"]),
         ],
     )
 
 
-def table13(folder: Path, command: str, lengths: Sequence[int] = BENCH_LENGTHS) -> Page:
+def table13(making: Making, lengths: Sequence[int] = BENCH_LENGTHS) -> Page:
     """Tables 13 and 14: memory and time by length, FAM against BSWA."""
     from transformerfam import benchmark
     from transformerfam.models import load
@@ -162,13 +183,13 @@ def table13(folder: Path, command: str, lengths: Sequence[int] = BENCH_LENGTHS) 
         [
             "# Tables 13 and 14: memory and time by length",
             "",
-            f"    {command}",
+            f"    {making.command}",
             "",
             "SmolLM2-135M-Instruct on this machine reads random tokens, block 1024, 3 memory segments, "
             "64 slots; FAM and BSWA take turns chunk by chunk. The ratio is the median over chunks. "
             "Peaks are above the weights.",
             "",
-            markdown_table(header, rows),
+            report.markdown_table(header, rows),
             "",
             "The paper's ratios of time: "
             + ", ".join(f"{length} {ratio:.3f}" for length, ratio in _papers_ratios())
@@ -185,8 +206,8 @@ def _papers_ratios() -> list[tuple[str, float]]:
     return [(n, f / b) for n, f, b in zip(header[1:], fam, bswa, strict=True)]
 
 
-# name -> what makes its page in a folder for a command
-MACHINE: dict[str, Callable[[Path, str], Page]] = {
+# name -> what makes its page; two names may be of one page
+MACHINE: dict[str, Callable[[Making], Page]] = {
     "figure1": figure1,
     "figure2": figure1,
     "figure11": figure11,
@@ -217,7 +238,7 @@ def paper_page(name: str, item: Item, command: str) -> Page:
             "weights; nothing is trained. Days are those of one accelerator that does "
             f"{FLOPS_OF_AN_ACCELERATOR:.0e} operations a second.",
             "",
-            markdown_table(header, rows),
+            report.markdown_table(header, rows),
             "",
             *papers_tables(item.paper),
         ],

@@ -187,7 +187,7 @@ def item_page(name: str, item: Item, found: Found, command: str, folder: Path) -
         page.lines += [
             f"Asked: {ASKED[asked]}.",
             "",
-            markdown_table(*table(of_asked, its.unit)),
+            report.markdown_table(*table(of_asked, its.unit)),
             "",
         ]
     page.lines += papers_tables(item.paper)
@@ -219,7 +219,12 @@ def papers_tables(names: Sequence[str]) -> list[str]:
     lines: list[str] = []
     for name in names:
         number = int(re.findall(r"\d+", name)[0])
-        lines += [f"## The paper's table {number}", "", markdown_table(*papers_table(name)), ""]
+        lines += [
+            f"## The paper's table {number}",
+            "",
+            report.markdown_table(*papers_table(name)),
+            "",
+        ]
     return lines
 
 
@@ -228,12 +233,6 @@ def papers_table(name: str) -> tuple[list[str], list[list[str]]]:
     file = files("transformerfam.reproduction").joinpath("paper", f"{name}.csv")
     header, *rows = csv.reader(file.read_text("utf-8").splitlines())
     return header, rows
-
-
-def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table in Markdown."""
-    cells = [header, ["---"] * len(header), *rows]
-    return "\n".join(f"| {' | '.join(row)} |" for row in cells)
 
 
 def draw(path: Path, its: Experiment, curves: Mapping[str, Curves]) -> None:

@@ -14,12 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformerfam import answers, evaluate
+from transformerfam import answers, evaluate, report
 from transformerfam.config import FamConfig
 from transformerfam.data.files import plain_texts
 from transformerfam.errors import UserError
 from transformerfam.plots import draw_curves
-from transformerfam.reproduction.page import Page, markdown_table, papers_tables
+from transformerfam.reproduction.page import Page, papers_tables
 from transformerfam.tasks import TASKS, Case, Wanted
 
 # A memory that was not trained, for a look without an adapter.
@@ -185,19 +185,16 @@ def results_page(
     ]
     for heading, cases in groups.items():
         page.lines += [f"## {heading}", ""]
-        page.lines += [markdown_table(*answers.table_of(lines, cases, READERS)), ""]
+        page.lines += [report.markdown_table(*answers.table_of(lines, cases, READERS)), ""]
     page.lines += papers_tables(tables)
     return page
 
 
 def describe(model: Any, adapter: str | None) -> str:
     """Who is asked, in a sentence."""
-    config: FamConfig = model.fam_config
-    memory = f"{config.fam_length} feedback slots" if config.has_feedback else "no feedback memory"
     with_adapter = f" with the adapter {adapter}" if adapter else ", nothing trained"
     return (
-        f"{Path(str(model.config._name_or_path)).name}{with_adapter}: blocks of "
-        f"{config.block_size:,}, {config.memory_segments} memory segments, {memory}, "
-        f"{config.sink_tokens} sinks. Texts of one block are read alike by all readers: the first "
-        "block sees no FAM, and lies in every window."
+        f"{Path(str(model.config._name_or_path)).name}{with_adapter}: {model.fam_config.describe()}. "
+        "Texts of one block are read alike by all readers: the first block sees no FAM, and lies in "
+        "every window."
     )

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from transformerfam.config import FamConfig
 from transformerfam.cost import ModelShape, flops, state_bytes
@@ -18,6 +18,9 @@ from transformerfam.errors import UserError
 from transformerfam.reproduction.experiment import Experiment, Planned, Variant
 from transformerfam.reproduction.items import Item
 from transformerfam.reproduction.runs import Result, Run
+
+if TYPE_CHECKING:
+    from transformerfam.training.recipe import Recipe
 
 # A toy has blocks of 16 and, but for table 5, 8 slots where the paper has 1024 and 64.
 _TOY_BLOCK, _TOY_SLOTS, _SLOTS = 16, 8, 64
@@ -32,7 +35,6 @@ class PaperModel:
         layers, width, heads: of the decoder.
         feedforward: width of the feed-forward, in widths of the model.
         key_heads: heads of keys and values; 1: multi-query attention.
-        learning_rate: section 3.1.
     """
 
     name: str
@@ -41,13 +43,12 @@ class PaperModel:
     feedforward: int
     heads: int
     key_heads: int
-    learning_rate: float
 
 
 PAPER_MODELS = (
-    PaperModel("1B", 18, 1536, 8, 12, 12, 1e-4),
-    PaperModel("8B", 32, 4096, 4, 32, 32, 3e-3),
-    PaperModel("24B", 56, 4096, 8, 32, 1, 3e-3),
+    PaperModel("1B", 18, 1536, 8, 12, 12),
+    PaperModel("8B", 32, 4096, 4, 32, 32),
+    PaperModel("24B", 56, 4096, 8, 32, 1),
 )
 _VOCABULARY = 256_000  # PaLM's
 LORA_RANK = 64
@@ -120,7 +121,7 @@ def small_plan(
             feedback = {**dict.fromkeys(sorted(compared), 0), **variant.feedback}
             if geometry.is_static or geometry.through_stack:
                 feedback["state_passing"] = (
-                    0  # the recipe passes F, and these cannot begin with one
+                    0  # these cannot begin with the F that the recipe passes
                 )
             run = {
                 "kind": "small",
@@ -141,10 +142,9 @@ def small_work(run: Run) -> Result:
     from transformerfam.tasks import TASKS, Wanted
     from transformerfam.training.adaptation import load_for_training
     from transformerfam.training.inputs import open_source
-    from transformerfam.training.recipe import Recipe, find
     from transformerfam.training.trainer import Trainer
 
-    recipe = Recipe.load(find("passkey"), small_overrides(run))
+    recipe = small_recipe(run)
     model, tokenizer = load_for_training(recipe)
     began = time.monotonic()
     trained = Trainer(
@@ -164,18 +164,17 @@ def small_work(run: Run) -> Result:
     }
 
 
-def small_overrides(run: Run) -> list[str]:
-    """The recipe's settings that a run changes, as on the command line."""
-    changes: dict[str, Any] = {f"fam.{k}": v for k, v in run["fam"].items() if v is not None}
-    changes |= {f"feedback.{k}": v for k, v in run["feedback"].items()}
-    changes |= {"run.seed": run["seed"], "run.steps": run["steps"], "probes.every": 0}
-    return [f"{key}={_toml(value)}" for key, value in changes.items()]
+def small_recipe(run: Run) -> Recipe:
+    """The recipe `passkey` with the settings that a run changes."""
+    from transformerfam.training.recipe import Recipe, find
 
-
-def _toml(value: Any) -> str:
-    if isinstance(value, bool):
-        return str(value).lower()
-    return str(list(value)) if isinstance(value, tuple) else str(value)
+    recipe = Recipe.load(find("passkey"))
+    return recipe.replace(
+        fam=FamConfig.from_dict(run["fam"]),
+        feedback=replace(recipe.feedback, **run["feedback"]),
+        run=replace(recipe.run, seed=run["seed"], steps=run["steps"]),
+        probes=replace(recipe.probes, every=0),
+    )
 
 
 # ---- the paper's size

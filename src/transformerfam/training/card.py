@@ -6,7 +6,7 @@ Pure text from a recipe, results and facts. Knows no model.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -49,7 +49,9 @@ def model_card(recipe: Recipe, results: Mapping[str, Any], facts: Mapping[str, A
         _front_matter(recipe),
         _what(recipe),
         _loading(recipe),
-        "## Geometry\n\n" + _table(("field", "value"), _rows(recipe.fam.to_dict())),
+        "## Geometry\n\n"
+        + report.markdown_table(("field", "value"), _rows(recipe.fam.to_dict()))
+        + "\n",
         _training(recipe, facts),
     ]
     if results:
@@ -165,7 +167,7 @@ def _training(recipe: Recipe, facts: Mapping[str, Any]) -> str:
     rows.append(("seed", str(recipe.run.seed)))
     versions = facts.get("versions") or package_versions()
     rows.append(("versions", ", ".join(f"{name} {number}" for name, number in versions.items())))
-    return "## Training\n\n" + _table(("", ""), rows)
+    return "## Training\n\n" + report.markdown_table(("", ""), rows) + "\n"
 
 
 def _source(source: SourceSettings) -> str:
@@ -188,7 +190,7 @@ def _results(recipe: Recipe, results: Mapping[str, Any]) -> str:
         head = f"### {name}\n\n"
         note = f"{notes[name]}\n\n" if name in notes else ""
         listed = numbers if isinstance(numbers, Mapping) else {name: numbers}
-        parts.append(head + note + _table(("", "value"), _rows(listed)))
+        parts.append(head + note + report.markdown_table(("", "value"), _rows(listed)) + "\n")
     return "\n".join(parts)
 
 
@@ -200,8 +202,3 @@ def _cell(value: Any) -> str:
     if isinstance(value, (bool, str, list, tuple)):
         return f"`{values.toml_value(value)}`"
     return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def _table(header: Sequence[str], rows: Iterable[tuple[str, str]]) -> str:
-    lines = [header, ("---",) * len(header), *rows]
-    return "".join(f"| {' | '.join(c.replace('|', chr(92) + '|') for c in r)} |\n" for r in lines)
