@@ -162,6 +162,22 @@ def test_each_name_and_each_place_in_line_is_asked_for() -> None:
 # ---- filler
 
 
+@pytest.mark.parametrize("asked", [1, 2, 3])
+def test_several_keys_may_be_asked_for_and_each_answer_counts(asked: int) -> None:
+    sample, text = made(2, 700, keys=3, asked=asked, where=0.5)
+    told = {name: key for name, key, *_ in TOLD.findall(text)}
+    questions = re.findall(
+        r" What is the pass key of (\w+)\? The pass key of (\w+) is (\d+)(?=\. |$)",
+        text[text.index(" What is") - 1 :].replace(". What", ".  What"),
+    )
+    assert len(sample.example.ids) == 700
+    assert len({name for name, *_ in questions}) == len(questions) == asked
+    assert all(name == same and told[name] == key for name, same, key in questions)
+    assert questions[-1][-1] == sample.key and text.endswith(sample.key)
+    counted = [i for i, w in zip(sample.example.ids, sample.example.weights, strict=True) if w]
+    assert shown(counted).replace(".", "").split() == [key for *_, key in questions]
+
+
 def test_prose_is_cut_into_sentences() -> None:
     assert sentences_of(BOOK) == [
         "It was 1842.",
@@ -280,6 +296,7 @@ WRONG = [
     ({"lengths": [10, 20], "steps_of": 64}, "No multiple of 64 lies between"),
     ({"digits": 0}, "at least one digit"),
     ({"keys": 0}, "has 1 to 32 pass keys"),
+    ({"keys": 2, "asked": 3}, "Of 2 pass keys 1 to 2 can be asked for"),
     ({"keys": 10, "digits": 1}, "has 1 to 9 pass keys"),
     ({"keys": len(NAMES) + 1}, "has 1 to 32 pass keys"),
     ({"where": "end"}, "at a depth of 0 to 1, not end"),

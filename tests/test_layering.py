@@ -49,7 +49,7 @@ BACK = {
 
 # Start in milliseconds: they bring neither torch nor transformers when they are imported.
 LIGHT = ["errors", "extras", "files", "report", "config", "config_checks", "masks", "text"]
-LIGHT += ["commands", "cli"]
+LIGHT += ["embedded", "commands", "cli"]
 
 LONGEST_FILE, LONGEST_FUNCTION = 420, 60
 LONG_FILES: dict[str, str] = {}  # file: why it may be longer

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,10 +14,9 @@ from peft import LoraConfig, get_peft_model
 from tiny_tokenizer import tiny_tokenizer
 from transformers import BertConfig, LlamaForCausalLM, T5Config
 
-from transformerfam import FamConfig, UnsupportedModelError, load
+from transformerfam import FamConfig, UnsupportedModelError, load, models
 from transformerfam.embedded import ModelError
 from transformerfam.errors import UserError
-from transformerfam.extras import MissingExtraError
 from transformerfam.models import ADAPTER_FAM_CONFIG, is_trained, reading_config
 
 IDS = torch.arange(3, 33)[None]
@@ -271,8 +269,9 @@ def test_an_adapter_may_come_from_the_hub(
 
 def test_an_adapter_says_what_it_lacks(plain: Path, adapter: tuple[Path, torch.Tensor]) -> None:
     folder = adapter[0]
+    (folder / ADAPTER_FAM_CONFIG).write_text(json.dumps(FAM.replace(fam_length=3).to_dict()))
     with pytest.raises(ModelError, match="cannot be put on this model"):
-        load(str(plain), FAM.replace(fam_length=3), adapter=str(folder))
+        load(str(plain), adapter=str(folder))
     (folder / ADAPTER_FAM_CONFIG).write_text("[]")
     with pytest.raises(ModelError, match="holds no table of values"):
         load(str(folder))
@@ -289,11 +288,28 @@ def test_an_adapter_says_what_it_lacks(plain: Path, adapter: tuple[Path, torch.T
         load(str(folder))
 
 
-def test_an_adapter_needs_peft(
-    adapter: tuple[Path, torch.Tensor], monkeypatch: pytest.MonkeyPatch
+def test_an_adapter_may_be_used_with_another_geometry(
+    plain: Path, adapter: tuple[Path, torch.Tensor]
 ) -> None:
-    for name in [m for m in sys.modules if m.partition(".")[0] == "peft"]:
-        monkeypatch.delitem(sys.modules, name)
-    monkeypatch.setitem(sys.modules, "peft", None)
-    with pytest.raises(MissingExtraError, match=r"pip install 'transformerfam\[train\]'"):
-        load(str(adapter[0]))
+    wider, _ = load(str(plain), FAM.replace(memory_segments=2), adapter=str(adapter[0]))
+    assert is_trained(wider)
+    longer: Any = load(str(plain), FAM.replace(fam_length=3), adapter=str(adapter[0]))[0]
+    assert not is_trained(longer)  # a fresh prompt
+    assert longer.model.fam_prompt.weight.shape[0] == 3
+    windows: Any = load(str(plain), FAM.without_feedback(), adapter=str(adapter[0]))[0]
+    assert not is_trained(windows) and windows.fam_config.fam_length == 0
+    changed = windows.model.layers[0].self_attn.q_proj.weight
+    assert not torch.equal(changed, load(str(plain))[0].model.layers[0].self_attn.q_proj.weight)
+
+
+def test_the_shipped_adapter_goes_on_the_default_model_and_on_no_other(
+    plain: Path, adapter: tuple[Path, torch.Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, expected = adapter
+    monkeypatch.setattr(models, "shipped_adapter", lambda: str(folder))
+    monkeypatch.setattr(models, "embedded_folder", lambda: plain)
+    torch.testing.assert_close(logits(load()[0]), expected, atol=1e-4, rtol=1e-4)
+    before = load(adapter=None)[0]
+    assert before.fam_config == reading_config() and not is_trained(before)
+    assert torch.equal(logits(load(str(plain))[0]), logits(before))
+

@@ -125,6 +125,8 @@ class FamConfig:
             object.__setattr__(self, "feedback_norm", tuple(float(c) for c in self.feedback_norm))
         if self.keeps_everything or self.attention == "longformer" or self.through_stack:
             object.__setattr__(self, "sink_tokens", 0)
+        if self.through_stack:  # there is no first update of a layer
+            object.__setattr__(self, "first_residual", "prompt")
         check(self)
 
     # ---- geometry that follows from the fields

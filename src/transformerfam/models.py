@@ -16,13 +16,14 @@ from typing import TYPE_CHECKING, Any
 from transformerfam.config import FamConfig
 from transformerfam.embedded import (
     EMBEDDED,
+    SHIPPED,
     ModelError,
     embedded_folder,
     first_sentence,
     quiet,
     read_gguf,
+    shipped_adapter,
 )
-from transformerfam.extras import require
 
 if TYPE_CHECKING:
     import torch
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 __all__ = [
     "ADAPTER_FAM_CONFIG",
     "EMBEDDED",
+    "SHIPPED",
     "ModelError",
     "is_trained",
     "load",
@@ -64,13 +66,14 @@ def is_trained(model: Any, config: FamConfig | None = None) -> bool:
     """
     if not getattr(model, "fam_trained", False):
         return False
-    return config is None or _all_came(config, _fitting(model.fam_config, config))
+    own = model.fam_config
+    return config is None or _all_came(config, _fitting(own.added_modules, own, config))
 
 
-def _fitting(stored: FamConfig, new: FamConfig) -> list[str]:
-    """The modules of a stored model for its memory that fit another geometry."""
+def _fitting(modules: Sequence[str], stored: FamConfig, new: FamConfig) -> list[str]:
+    """Those modules of a stored model for its memory that fit another geometry."""
     shapes = [(config.fam_length, config.fam_start) for config in (stored, new)]
-    return [n for n in stored.added_modules if n != "fam_prompt" or shapes[0] == shapes[1]]
+    return [name for name in modules if name != "fam_prompt" or shapes[0] == shapes[1]]
 
 
 def _all_came(config: FamConfig, came: Sequence[str]) -> bool:
@@ -83,7 +86,7 @@ def load(
     *,
     dtype: torch.dtype | str | None = None,
     device: torch.device | str | None = None,
-    adapter: str | None = None,
+    adapter: str | None = SHIPPED,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A TransformerFAM, ready to read, and its tokenizer.
 
@@ -91,39 +94,40 @@ def load(
         name_or_path: `EMBEDDED`, a folder (a model of transformers, a saved TransformerFAM, or a
             PEFT adapter, which names its model), a .gguf file, or a name on the Hugging Face hub.
         config: geometry. By default that of the adapter or of the saved TransformerFAM, and
-            `reading_config()` for a model that has none.
+            `reading_config()` for a model that has none. A stored prompt of another length is not
+            used: the model gets a fresh one.
         dtype: of the weights, such as "bfloat16"; by default as they are stored.
         device: where the weights go; by default the CPU.
-        adapter: folder or hub name of a PEFT adapter, which is merged into the weights.
+        adapter: folder or hub name of a PEFT adapter, which is merged into the weights; None: none.
+            `SHIPPED`: the one that comes with this package for the default model, and none for
+            others.
 
     Raises:
         ModelError: a ValueError of one sentence, if there is no such model or it cannot be read.
         UnsupportedModelError: a ValueError too, if the model cannot become a TransformerFAM.
-        MissingExtraError: if an adapter is given and PEFT is not installed.
     """
     from transformerfam.auto import register
-    from transformerfam.conversion import convert, is_transformerfam, reconfigure
+    from transformerfam.conversion import is_transformerfam
 
     register()
-    if adapter is None and (Path(name_or_path) / "adapter_config.json").is_file():
+    if (Path(name_or_path) / "adapter_config.json").is_file() and adapter in (None, SHIPPED):
         name_or_path, adapter = _adapted_model(name_or_path), name_or_path
+    elif adapter == SHIPPED:
+        adapter = shipped_adapter() if name_or_path == EMBEDDED else None
     model, tokenizer = _load_stored(name_or_path, _dtype(dtype))
     # What adapters write down: the name that was given, not a folder in some cache.
     model.config._name_or_path = model.name_or_path = name_or_path
+    stored = model.fam_config if is_transformerfam(model) else FamConfig(fam_length=0)
+    came = stored.added_modules
     if adapter is not None:
         adapter = _adapter_folder(adapter)
-        config = config or _adapter_config(adapter)
-    stored = model.fam_config if is_transformerfam(model) else FamConfig(fam_length=0)
-    if not is_transformerfam(model):
-        model = convert(model, config or reading_config())
-    elif config is not None:
-        model = reconfigure(model, config)
-    # A stored prompt of another length is not used: the model got a fresh one.
-    came = _fitting(stored, model.fam_config)
-    if adapter is not None:
-        came += _saved_modules(adapter)
+        trained_with = _adapter_config(adapter, config)
+        model = _shaped(model, trained_with)
+        came = (*_fitting(came, stored, trained_with), *_saved_modules(adapter))
+        stored = trained_with
         model = put_adapter(model, adapter).merge_and_unload()
-    model.fam_trained = _all_came(model.fam_config, came)
+    model = _shaped(model, config or (stored if is_transformerfam(model) else reading_config()))
+    model.fam_trained = _all_came(model.fam_config, _fitting(came, stored, model.fam_config))
     return model.to(device).eval(), tokenizer
 
 
@@ -147,6 +151,15 @@ def skeleton(name: str) -> Any:
         name = _fetched_before(name, "config.json") or name
     with quiet(), torch.device("meta"):
         return AutoModelForCausalLM.from_config(_stored_config(name))
+
+
+def _shaped(model: Any, config: FamConfig) -> Any:
+    """`model` with this geometry, whether it was a TransformerFAM before or not."""
+    from transformerfam.conversion import convert, is_transformerfam, reconfigure
+
+    if not is_transformerfam(model):
+        return convert(model, config)
+    return model if config == model.fam_config else reconfigure(model, config)
 
 
 # ---- models as they are stored
@@ -297,10 +310,12 @@ def _adapted_model(adapter: str) -> str:
     return str(base)
 
 
-def _adapter_config(adapter: str) -> FamConfig:
-    """The geometry that an adapter was trained with."""
+def _adapter_config(adapter: str, otherwise: FamConfig | None) -> FamConfig:
+    """The geometry that an adapter was trained with; `otherwise` if it does not say."""
     file = Path(adapter) / ADAPTER_FAM_CONFIG
     if not file.is_file():
+        if otherwise is not None:
+            return otherwise
         raise ModelError(
             f"The adapter {adapter} has no {ADAPTER_FAM_CONFIG}; give the configuration that it "
             "was trained with."
@@ -322,7 +337,8 @@ def put_adapter(model: Any, adapter: str, *, trainable: bool = False) -> Any:
     Raises:
         ModelError: if the adapter has other weights than this model has places for.
     """
-    peft = require("peft", "train")
+    import peft
+
     try:
         with quiet():
             config = peft.PeftConfig.from_pretrained(adapter)
@@ -335,7 +351,8 @@ def put_adapter(model: Any, adapter: str, *, trainable: bool = False) -> Any:
             # PEFT puts the name of this model; it may have been trained under another.
             config.base_model_name_or_path = None
             put = peft.get_peft_model(model, config)
-            places = peft.get_peft_model_state_dict(put)
+            # Left to itself PEFT would look on the hub for how large the vocabulary was.
+            places = peft.get_peft_model_state_dict(put, save_embedding_layers=False)
             stored |= {name: own for name, own in places.items() if any(n in name for n in new)}
             # PEFT tells of weights that find no place, and not of places that find no weights.
             if stray := sorted(stored.keys() ^ places.keys()):

@@ -9,6 +9,7 @@ from dataclasses import fields
 from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from transformerfam.config import FamConfig
+from transformerfam.embedded import SHIPPED
 from transformerfam.errors import UserError
 
 if TYPE_CHECKING:
@@ -71,9 +72,28 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     add_model_details(group)
 
 
+def add_adapter(group: argparse._ActionsContainer) -> None:
+    """--adapter and --no-adapter."""
+    which = group.add_mutually_exclusive_group()
+    which.add_argument(
+        "--adapter",
+        metavar="FOLDER",
+        default=SHIPPED,
+        help="a trained adapter to put on the model (default: for the default model the one that "
+        "comes with it)",
+    )
+    which.add_argument(
+        "--no-adapter",
+        dest="adapter",
+        action="store_const",
+        const=None,
+        help="the default model as it was before its memory was trained",
+    )
+
+
 def add_model_details(group: argparse._ActionsContainer) -> None:
     """What can be said about a model besides its name."""
-    group.add_argument("--adapter", metavar="FOLDER", help="a trained adapter to put on the model")
+    add_adapter(group)
     group.add_argument(
         "--dtype",
         choices=["float32", "bfloat16", "float16"],

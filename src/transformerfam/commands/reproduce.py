@@ -13,12 +13,15 @@ from typing import TYPE_CHECKING
 
 from transformerfam import report
 from transformerfam.commands import _options as options
+from transformerfam.embedded import SHIPPED
 from transformerfam.errors import UserError
 
 if TYPE_CHECKING:
     from transformerfam.reproduction.experiment import Planned
     from transformerfam.reproduction.page import Found, Page
     from transformerfam.reproduction.runs import Result
+
+_SEEDS = 3
 
 HELP = "make a table or figure of the paper again: train, ask, draw"
 
@@ -59,7 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--seeds",
         metavar="COUNT",
         type=options.whole(1),
-        default=3,
+        default=_SEEDS,
         help="runs of everything, seeds 0, 1, ... (default: %(default)s)",
     )
     parser.add_argument(
@@ -94,10 +97,8 @@ def _add_real_data(parser: argparse.ArgumentParser) -> None:
         metavar="FOLDER",
         help="for results, table2 and table12: real data, see docs/evaluation.md",
     )
-    parser.add_argument(
-        "--adapter",
-        metavar="FOLDER",
-        help="for results, table2, table12 and figure11: adapter of the default model (default: none)",
+    options.add_adapter(
+        parser.add_argument_group("the default model", "for results, table2, table12 and figure11")
     )
     parser.add_argument(
         "--samples",
@@ -157,6 +158,8 @@ def _names(args: argparse.Namespace, titles: dict[str, str]) -> list[str]:
         # A page that goes by two names is made once.
         once = {make: name for name, make in sorted(MACHINE.items(), reverse=True)}.values()
         left_out = set(MACHINE) - set(once) | (set() if args.data else set(results.ITEMS))
+        if args.scale != "toy":  # what trains nothing has no scale
+            left_out |= set(MACHINE)
         return sorted(set(titles) - left_out)
     if unknown := [name for name in names if name not in titles]:
         raise UserError(
@@ -186,7 +189,11 @@ def _page(name: str, args: argparse.Namespace, folder: Path) -> Page:
     if name in results.ITEMS:
         return _results(name, args, folder, command)
     if name in MACHINE:
-        return MACHINE[name](Making(folder, command, args.adapter))
+        _refuse_unused(name, args)
+        making = Making(folder, command, args.adapter)
+        if lengths := _lengths(args.lengths):
+            making = replace(making, lengths=lengths)
+        return MACHINE[name](making)
     item = ITEMS[name]
     if args.scale == "paper":
         return paper_page(name, item, command)
@@ -195,6 +202,25 @@ def _page(name: str, args: argparse.Namespace, folder: Path) -> Page:
         name, item = f"{name}-small", scales.small_item(item)
     page.write_numbers(folder / f"{name}.json", found)
     return page.item_page(name, item, found, command, folder)
+
+
+def _refuse_unused(name: str, args: argparse.Namespace) -> None:
+    """What trains nothing has no use for what says how to train.
+
+    Raises:
+        UserError: if such a thing was asked for.
+    """
+    from transformerfam.reproduction.machine import WITH_LENGTHS
+
+    given = {
+        "--seeds": args.seeds != _SEEDS,
+        "--steps": args.steps is not None,
+        "--scale": args.scale != "toy",
+        "--lengths": args.lengths is not None and name not in WITH_LENGTHS,
+    }
+    if args.items != ["all"] and any(given.values()):
+        option = next(option for option, is_given in given.items() if is_given)
+        raise UserError(f"{option} does nothing for {name}; leave it out.")
 
 
 def _results(name: str, args: argparse.Namespace, folder: Path, command: str) -> Page:
@@ -265,7 +291,7 @@ def _command(name: str, args: argparse.Namespace) -> str:
     words = ["fam", "reproduce", name]
     if args.scale != "toy":
         words += ["--scale", args.scale]
-    if args.seeds != 3:
+    if args.seeds != _SEEDS:
         words += ["--seeds", str(args.seeds)]
     if args.steps is not None:
         words += ["--steps", str(args.steps)]
@@ -275,6 +301,8 @@ def _command(name: str, args: argparse.Namespace) -> str:
         words += ["--samples", str(args.samples)]
     if args.data is not None:
         words += ["--data", "DATA"]  # where it lies says nothing
-    if args.adapter is not None:
+    if args.adapter is None:
+        words += ["--no-adapter"]
+    elif args.adapter != SHIPPED:
         words += ["--adapter", Path(args.adapter).name]
     return shlex.join(words)

@@ -44,7 +44,7 @@ class PasskeySample:
     """A PassKey text and what is known about it.
 
     Attributes:
-        example: its tokens; those of the answer, at the end, weigh 1.
+        example: its tokens; those of the answer, at its end, and of answers before it weigh 1.
         key: the number that is asked for, in digits.
         depth: share of the filler that stands before that key, 0 to 1.
         answer: the tokens of the answer.
@@ -59,7 +59,8 @@ class PasskeySample:
 class PasskeyTexts:
     """Endless PassKey texts, each made from (seed, number) alone; a source of examples.
 
-    One key makes the text of figure 10. Of several keys each belongs to a name, and one is asked for.
+    One key makes the text of figure 10. Of several keys each belongs to a name, and one or more are
+    asked for.
 
     Args:
         tokenizer: a tokenizer of transformers.
@@ -75,7 +76,9 @@ class PasskeyTexts:
         filler: sentences, or texts to cut sentences from. The default ones come again and again in
             their order; others from a random place on, as prose. Sentences with a number as long as a
             key are left out, since they might tell another key.
-        filler_weight: how much a token that is not of the answer counts.
+        filler_weight: how much a token that is not of an answer counts.
+        asked: how many of the keys are asked for, one question behind the other. `where` and what is
+            said of a sample are about the last of them.
         seed: of the draws.
 
     Raises:
@@ -93,14 +96,16 @@ class PasskeyTexts:
         where: str | float = "start",
         filler: Sequence[str] = DEFAULT_SENTENCES,
         filler_weight: float = 0.0,
+        asked: int = 1,
         seed: int = 0,
     ) -> None:
-        _check(lengths, digits, keys, where)
+        _check(lengths, digits, keys, where, asked)
         self.lengths = _choices(lengths, steps_of)
         self.digits = digits
         self.keys = keys
         self.where = where
         self.filler_weight = filler_weight
+        self.asked = asked
         self.seed = seed
         self._tokenizer = tokenizer
         self._encoder = Encoder(tokenizer)
@@ -137,8 +142,11 @@ class PasskeyTexts:
         names: list[str | None] = [None] if self.keys == 1 else [*rng.sample(NAMES, self.keys)]
         asked = rng.randrange(self.keys)
         told = [self._told(name, key) for name, key in zip(names, numbers, strict=True)]
+        before = rng.sample([k for k in range(self.keys) if k != asked], self.asked - 1)
+        asked_before = [self._question(names[k], numbers[k], ends=True) for k in before]
         question, answer = self._question(names[asked], numbers[asked])
-        fixed = sum(map(len, (self._beginning, *told, question, answer)))
+        fixed = sum(map(len, (self._beginning, *told, *itertools.chain(*asked_before))))
+        fixed += len(question) + len(answer)
         sentences = self._take(rng, max(0, length - fixed))
         # Tokens of filler up to each border between sentences.
         borders = [0, *itertools.accumulate(map(len, sentences))]
@@ -148,13 +156,15 @@ class PasskeyTexts:
             ids += sentences[border - 1] if border else []
             for key in _shuffled(rng, [k for k, place in enumerate(places) if place == border]):
                 ids += told[key]
-        ids += question
-        weights = (self.filler_weight,) * len(ids) + (1.0,) * len(answer)
+        weights = [self.filler_weight] * len(ids)
+        for asking, told_again in (*asked_before, (question, answer)):
+            ids += asking + told_again
+            weights += [self.filler_weight] * len(asking) + [1.0] * len(told_again)
         return PasskeySample(
-            example=Example((*ids, *answer), weights),
+            example=Example(tuple(ids), tuple(weights)),
             key=numbers[asked],
             depth=borders[places[asked]] / max(1, borders[-1]),
-            answer=slice(len(ids), len(ids) + len(answer)),
+            answer=slice(len(ids) - len(answer), len(ids)),
         )
 
     def answer_span(self, example: Example) -> slice:
@@ -178,11 +188,13 @@ class PasskeyTexts:
         text = f" The {what} is {key}. Remember it. {key} is the {what}."
         return self._encoder.encode(text, first=False)
 
-    def _question(self, name: str | None, key: str) -> tuple[list[int], list[int]]:
-        """Token ids of the question and of its answer."""
+    def _question(
+        self, name: str | None, key: str, ends: bool = False
+    ) -> tuple[list[int], list[int]]:
+        """Token ids of the question and of its answer, which may end its sentence."""
         what = _called(name)
         asked = f"What is the {what}? The {what} is"
-        _, answer = continued(self._tokenizer, asked, f" {key}")
+        _, answer = continued(self._tokenizer, asked, f" {key}." if ends else f" {key}")
         return self._encoder.encode(f" {asked}", first=False), answer
 
     def _take(self, rng: random.Random, budget: int) -> list[list[int]]:
@@ -225,7 +237,7 @@ def _choices(lengths: Sequence[int], steps_of: int) -> Sequence[int]:
     return multiples
 
 
-def _check(lengths: Sequence[int], digits: int, keys: int, where: str | float) -> None:
+def _check(lengths: Sequence[int], digits: int, keys: int, where: str | float, asked: int) -> None:
     if not lengths or min(lengths) < 1:
         raise UserError(f"Lengths of PassKey texts are at least one token, not {list(lengths)}.")
     if digits < 1:
@@ -233,6 +245,8 @@ def _check(lengths: Sequence[int], digits: int, keys: int, where: str | float) -
     most = min(len(NAMES), 9 * 10 ** (digits - 1))
     if not 1 <= keys <= most:
         raise UserError(f"A text has 1 to {most} pass keys of {digits} digits, not {keys}.")
+    if not 1 <= asked <= keys:
+        raise UserError(f"Of {keys} pass keys 1 to {keys} can be asked for, not {asked}.")
     good = where in ("start", "anywhere") if isinstance(where, str) else 0 <= where <= 1
     if not good:
         raise UserError(

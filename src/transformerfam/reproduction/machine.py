@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
 from transformerfam import report
 from transformerfam.config import FamConfig
+from transformerfam.embedded import SHIPPED
 from transformerfam.reproduction import scales
 from transformerfam.reproduction.experiment import Experiment
 from transformerfam.reproduction.items import Item
@@ -27,11 +28,13 @@ class Making:
         folder: where its pictures go.
         command: that makes it.
         adapter: of the default model, where one is asked; None: nothing trained.
+        lengths: in tokens, for the items of `WITH_LENGTHS`.
     """
 
     folder: Path
     command: str
-    adapter: str | None = None
+    adapter: str | None = SHIPPED
+    lengths: tuple[int, ...] = BENCH_LENGTHS
 
 
 def figure1(making: Making) -> Page:
@@ -156,15 +159,15 @@ def table10(making: Making) -> Page:
     )
 
 
-def table13(making: Making, lengths: Sequence[int] = BENCH_LENGTHS) -> Page:
+def table13(making: Making) -> Page:
     """Tables 13 and 14: memory and time by length, FAM against BSWA."""
     from transformerfam import benchmark
     from transformerfam.models import load
 
     config = FamConfig.paper(sink_tokens=4)
-    model, _ = load(config=config)
+    model, _ = load(config=config, adapter=None)
     rows = []
-    for length, readers in benchmark.run(model, config, lengths, skip_full_beyond=1):
+    for length, readers in benchmark.run(model, config, making.lengths, skip_full_beyond=1):
         fam, bswa = readers[0], readers[1]
         peaks = [report.size(r.peak_bytes[length] or 0) for r in (fam, bswa)]
         rows.append(
@@ -217,6 +220,8 @@ MACHINE: dict[str, Callable[[Making], Page]] = {
     "table13": table13,
     "table14": table13,
 }
+# Those that take other lengths.
+WITH_LENGTHS = ("table13", "table14")
 
 
 def paper_page(name: str, item: Item, command: str) -> Page:

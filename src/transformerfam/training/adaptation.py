@@ -37,7 +37,7 @@ def load_for_training(recipe: Recipe) -> tuple[Any, Any]:
     Raises:
         UserError, ModelError, UnsupportedModelError: if there is no such model, or it cannot be used.
     """
-    model, tokenizer = load(recipe.model.base, recipe.fam, dtype=recipe.model.dtype)
+    model, tokenizer = load(recipe.model.base, recipe.fam, dtype=recipe.model.dtype, adapter=None)
     if not is_trained(model):
         initialise_prompt(model, recipe.model.prompt, recipe.run.seed)
     return adapt(model, recipe.train, recipe.run.seed, adapter=recipe.model.adapter), tokenizer
@@ -153,8 +153,10 @@ def save(
         config: the geometry that it is to be used with.
         state: the weights, where the model itself holds parts of them only (FSDP).
     """
+    # Left to itself PEFT would look on the hub for how large the vocabulary was.
+    more = {"save_embedding_layers": False} if hasattr(model, "get_base_model") else {}
     with whole_files(folder) as beside, quiet():
-        model.save_pretrained(beside, state_dict=None if state is None else dict(state))
+        model.save_pretrained(beside, state_dict=None if state is None else dict(state), **more)
         if tokenizer is not None:
             tokenizer.save_pretrained(beside)
         if hasattr(model, "get_base_model"):

@@ -191,7 +191,11 @@ def _check_source(recipe: Recipe, source: SourceSettings, key: str) -> None:
             bool(source.path), f"{key}.path is empty; name a file, a folder or a data set."
         )
         return
-    _at_least(1, key, source, ["lengths_in_steps_of", "keys", "digits"])
+    _at_least(1, key, source, ["lengths_in_steps_of", "keys", "asked", "digits"])
+    _refuse_unless(
+        source.asked <= source.keys,
+        f"{key}.asked={source.asked}, and there are {key}.keys={source.keys}; ask for fewer.",
+    )
     _at_least(0, key, source, ["filler_weight"])
     _place(f"{key}.where", source.where)
     _refuse_unless(

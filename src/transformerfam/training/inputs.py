@@ -149,6 +149,7 @@ def _source(
         where=settings.where,
         filler=_filler(settings.filler),
         filler_weight=settings.filler_weight,
+        asked=settings.asked,
         seed=seed,
     )
     _check_room(texts, f"data.sources.{place}.lengths")

@@ -76,7 +76,8 @@ class SourceSettings:
     where: str | float = _setting(
         "start", "passkey: where the key stands: `start`, `anywhere`, or a depth from 0 to 1"
     )
-    keys: int = _setting(1, "passkey: how many keys the text holds, of which one is asked for")
+    keys: int = _setting(1, "passkey: how many keys the text holds")
+    asked: int = _setting(1, "passkey: how many of them are asked for, one after the other")
     digits: int = _setting(5, "passkey: digits of a key")
     filler: str = _setting(
         "", "passkey: file or folder of prose to fill up with; empty: five short sentences again"
