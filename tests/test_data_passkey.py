@@ -5,9 +5,11 @@ from __future__ import annotations
 import random
 import re
 from collections import Counter
+from copy import deepcopy
 from typing import Any
 
 import pytest
+from command_line import CHATML
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_text import TOKENIZERS, train
@@ -26,6 +28,7 @@ from transformerfam.data.passkey import (
 )
 from transformerfam.errors import UserError
 from transformerfam.text import Encoder
+from transformerfam.turns import Turns
 
 TOKENIZER = TOKENIZERS["gpt2"]
 SENTENCEPIECE = train("sentencepiece")
@@ -227,10 +230,10 @@ def test_sentences_are_tokenised_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_filler_may_count_too() -> None:
-    example = PasskeyTexts(TOKENIZER, lengths=[400], filler_weight=0.25).draw(0)
-    answer = PasskeyTexts(TOKENIZER, lengths=[400]).answer_span(example)
-    assert set(example.weights[: answer.start]) == {0.25}
-    assert set(example.weights[answer]) == {1.0}
+    texts = PasskeyTexts(TOKENIZER, lengths=[400], filler_weight=0.25)
+    sample = texts.sample(random.Random(0))
+    assert set(sample.example.weights[: sample.answer.start]) == {0.25}
+    assert set(sample.example.weights[sample.answer]) == {1.0}
 
 
 # ---- lengths and draws
@@ -271,12 +274,23 @@ def test_examples_are_a_pure_function_of_seed_and_number() -> None:
     assert draws(2, [0])[0] != forward[0]
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_the_answer_is_found_again_in_the_example(kind: str) -> None:
-    texts = PasskeyTexts(KINDS[kind], lengths=[500], keys=2, filler_weight=1.0, digits=7)
-    for seed in range(5):
-        sample = texts.sample(random.Random(seed))
-        assert texts.answer_span(sample.example) == sample.answer
+def test_a_question_may_be_put_in_the_chat_template() -> None:
+    tokenizer = deepcopy(TOKENIZER)
+    tokenizer.chat_template = CHATML
+    texts = PasskeyTexts(tokenizer, lengths=[600], keys=2, chat=True)
+    sample = texts.sample(random.Random(0))
+    ids, turns = sample.example.ids, Turns(tokenizer)
+    assert len(ids) == 600
+    told = {key: name for name, key, *_ in TOLD.findall(shown(ids, tokenizer))}
+    what = f"pass key of {told[sample.key]}"
+    opening = turns.opening(f"What is the {what}?", first=True, fresh=False)
+    start = sample.answer.start
+    assert list(ids[start - len(opening) : start]) == opening
+    end = turns.closing()[:1]
+    assert list(ids[sample.answer][len(ids[sample.answer]) - len(end) :]) == end
+    said = ids[start : sample.answer.stop - len(end)]
+    assert shown(said, tokenizer) == f"The {what} is {sample.key}."
+    assert [bool(w) for w in sample.example.weights] == [i >= start for i in range(600)]
 
 
 def test_the_start_token_comes_first_and_is_one_of_the_length() -> None:
@@ -296,6 +310,7 @@ WRONG = [
     ({"lengths": [10, 20], "steps_of": 64}, "No multiple of 64 lies between"),
     ({"digits": 0}, "at least one digit"),
     ({"keys": 0}, "has 1 to 32 pass keys"),
+    ({"keys": 2, "asked": 2, "chat": True}, "one pass key is asked for"),
     ({"keys": 2, "asked": 3}, "Of 2 pass keys 1 to 2 can be asked for"),
     ({"keys": 10, "digits": 1}, "has 1 to 9 pass keys"),
     ({"keys": len(NAMES) + 1}, "has 1 to 32 pass keys"),

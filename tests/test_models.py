@@ -312,4 +312,3 @@ def test_the_shipped_adapter_goes_on_the_default_model_and_on_no_other(
     before = load(adapter=None)[0]
     assert before.fam_config == reading_config() and not is_trained(before)
     assert torch.equal(logits(load(str(plain))[0]), logits(before))
-

@@ -17,6 +17,7 @@ from transformerfam.data.examples import Example, continued
 from transformerfam.data.haystack import Haystack
 from transformerfam.errors import UserError
 from transformerfam.text import Encoder, start_tokens
+from transformerfam.turns import Turns
 
 DEFAULT_SENTENCES = (
     "The grass is green.",
@@ -79,6 +80,8 @@ class PasskeyTexts:
         filler_weight: how much a token that is not of an answer counts.
         asked: how many of the keys are asked for, one question behind the other. `where` and what is
             said of a sample are about the last of them.
+        chat: the one question is put in the model's chat template, as `fam read --ask` does, and the
+            answer is a sentence and the end of the turn.
         seed: of the draws.
 
     Raises:
@@ -97,15 +100,19 @@ class PasskeyTexts:
         filler: Sequence[str] = DEFAULT_SENTENCES,
         filler_weight: float = 0.0,
         asked: int = 1,
+        chat: bool = False,
         seed: int = 0,
     ) -> None:
         _check(lengths, digits, keys, where, asked)
+        if chat and asked > 1:
+            raise UserError("In a chat template one pass key is asked for; leave asked out.")
         self.lengths = _choices(lengths, steps_of)
         self.digits = digits
         self.keys = keys
         self.where = where
         self.filler_weight = filler_weight
         self.asked = asked
+        self._turns = Turns(tokenizer) if chat else None
         self.seed = seed
         self._tokenizer = tokenizer
         self._encoder = Encoder(tokenizer)
@@ -167,13 +174,6 @@ class PasskeyTexts:
             answer=slice(len(ids) - len(answer), len(ids)),
         )
 
-    def answer_span(self, example: Example) -> slice:
-        """Where in an example made here the key stands that is asked for: at its end."""
-        end = len(example.ids)
-        tail = self._tokenizer.decode(list(example.ids[-8 * self.digits - 8 :]))
-        _, answer = self._question(None, tail[-self.digits :])
-        return slice(end - len(answer), end)
-
     # ---- parts
 
     def _numbers(self, rng: random.Random) -> list[str]:
@@ -193,6 +193,10 @@ class PasskeyTexts:
     ) -> tuple[list[int], list[int]]:
         """Token ids of the question and of its answer, which may end its sentence."""
         what = _called(name)
+        if self._turns is not None:
+            said = self._encoder.encode(f"The {what} is {key}.", first=True)
+            opening = self._turns.opening(f"What is the {what}?", first=True, fresh=False)
+            return opening, said + self._turns.closing()[:1]
         asked = f"What is the {what}? The {what} is"
         _, answer = continued(self._tokenizer, asked, f" {key}." if ends else f" {key}")
         return self._encoder.encode(f" {asked}", first=False), answer

@@ -150,6 +150,7 @@ def _source(
         filler=_filler(settings.filler),
         filler_weight=settings.filler_weight,
         asked=settings.asked,
+        chat=settings.chat,
         seed=seed,
     )
     _check_room(texts, f"data.sources.{place}.lengths")

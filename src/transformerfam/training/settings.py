@@ -78,6 +78,10 @@ class SourceSettings:
     )
     keys: int = _setting(1, "passkey: how many keys the text holds")
     asked: int = _setting(1, "passkey: how many of them are asked for, one after the other")
+    chat: bool = _setting(
+        False,
+        "passkey: ask in the model's chat template and expect a sentence, as `fam read --ask`",
+    )
     digits: int = _setting(5, "passkey: digits of a key")
     filler: str = _setting(
         "", "passkey: file or folder of prose to fill up with; empty: five short sentences again"
