@@ -9,10 +9,10 @@ from copy import deepcopy
 from typing import Any
 
 import pytest
-from command_line import CHATML
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_text import TOKENIZERS, train
+from test_turns import CHATML
 from tiny_tokenizer import tiny_tokenizer
 from tokenizers import decoders
 from tokenizers.processors import TemplateProcessing
