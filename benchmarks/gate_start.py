@@ -27,7 +27,7 @@ def main() -> None:
     parser.add_argument("--asked", type=int, default=2048, help="tokens that are measured")
     args = parser.parse_args()
     windows = FamConfig(block_size=args.block_size, memory_segments=1, fam_length=0)
-    model, tokenizer = load(config=windows, adapter=None)
+    model, tokenizer = load(config=windows)
     ask = plain(tokenizer, text_parts(None)[1])
     held_out = HeldOut({"text": Example(ask.ids[: args.asked], ask.weights[: args.asked])})
     ids = torch.tensor([ask.ids[: args.asked]])

@@ -70,7 +70,7 @@ def work(run: Run) -> Result:
             },
         }
     )
-    model, tokenizer = load(config=recipe.fam, adapter=None)
+    model, tokenizer = load(config=recipe.fam)
     initialise_prompt(model, prompt, run["seed"])  # type: ignore[arg-type]
     learn, ask = (plain(tokenizer, text) for text in text_parts(run["text"]))
     held_out = HeldOut({"text": Example(ask.ids[: run["asked"]], ask.weights[: run["asked"]])})
@@ -133,7 +133,7 @@ def print_by_bias(biases: list[float], args: argparse.Namespace) -> None:
     from transformerfam.training.probes import HeldOut
 
     config = FamConfig.from_dict({**KEPT, "block_size": args.block_size})
-    model, tokenizer = load(config=config, adapter=None)
+    model, tokenizer = load(config=config)
     ask = plain(tokenizer, text_parts(args.text)[1])
     held_out = HeldOut({"text": Example(ask.ids[: args.asked], ask.weights[: args.asked])})
     ways = {f"bias {bias:g}": config.replace(fam_bias=bias) for bias in biases}

@@ -34,7 +34,7 @@ def main() -> None:
     """Measure and print."""
     Recurrence.run = named("recurrence", Recurrence.run)  # type: ignore[method-assign]
     feedback.projections = named("projections alone", feedback.projections)
-    model, _ = load(config=FamConfig(fam_length=0), adapter=None)
+    model, _ = load(config=FamConfig(fam_length=0))
     vocabulary = model.get_input_embeddings().weight.shape[0]
     ids = torch.randint(vocabulary, (1, 2048), generator=torch.Generator().manual_seed(0))
     for tokens in (1024, 2048):

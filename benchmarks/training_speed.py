@@ -85,9 +85,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32")
     args = parser.parse_args()
     config = FamConfig(args.block_size, args.memory_segments, args.fam_length)
-    model, _ = load(
-        args.model, config, dtype=args.dtype, device=args.device, adapter=None
-    )
+    model, _ = load(args.model, config, dtype=args.dtype, device=args.device)
     compared = readers(shortened(model, args.layers), config)
     models = {r.name: trainable(r.model, args.checkpointing) for r in compared}
     generator = torch.Generator().manual_seed(0)

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import pytest
-
-from transformerfam import models
 
 pytest.register_assert_rewrite("command_line")
 
@@ -29,14 +27,6 @@ WITH_ALL = {
     "test_logits_and_every_fam_equal_the_oracle",
     "test_feedback_off_and_a_window_that_holds_all_is_the_original",
 }
-
-
-@pytest.fixture(autouse=True, scope="session")
-def nothing_shipped() -> Iterator[None]:
-    """The adapter that comes with the package fits the real default model, and no tiny one."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(models, "shipped_adapter", lambda: None)
-        yield
 
 
 @pytest.hookimpl(tryfirst=True)  # before slow tests are left out

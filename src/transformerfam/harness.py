@@ -28,7 +28,7 @@ from transformerfam.errors import UserError
 from transformerfam.evaluate import readers
 from transformerfam.extras import require
 from transformerfam.memory import Memory
-from transformerfam.models import EMBEDDED, SHIPPED, is_trained, load
+from transformerfam.models import EMBEDDED, is_trained, load
 from transformerfam.stream import Sampling, absorb, generate, read
 from transformerfam.turns import end_tokens
 
@@ -53,7 +53,7 @@ class StreamingLM(TemplateLM):
     Args:
         pretrained: what `transformerfam.load` takes, or a TransformerFAM, which needs `tokenizer`.
         tokenizer: of a model that is given as such.
-        adapter: folder or hub name of a PEFT adapter; `none`: not even that of the default model.
+        adapter: folder or hub name of a PEFT adapter, or `shipped`, see `models.load`.
         reader: `model` as it is, or with its weights `bswa`, `sinks` or `full`; see
             `evaluate.readers`.
         dtype: of the weights, such as "bfloat16"; by default as they are stored.
@@ -79,7 +79,7 @@ class StreamingLM(TemplateLM):
         pretrained: Any = EMBEDDED,
         *,
         tokenizer: Any = None,
-        adapter: str | None = SHIPPED,
+        adapter: str | None = None,
         reader: str = "model",
         dtype: str | torch.dtype | None = None,
         device: str | None = None,
@@ -97,12 +97,7 @@ class StreamingLM(TemplateLM):
             dtype = None if dtype == "auto" else dtype
             if str(device).startswith("cuda") and not torch.cuda.is_available():
                 device = None
-            model, tokenizer = load(
-                pretrained,
-                dtype=dtype,
-                device=device,
-                adapter=None if adapter == "none" else adapter,
-            )
+            model, tokenizer = load(pretrained, dtype=dtype, device=device, adapter=adapter)
             if add_bos_token is not None:
                 tokenizer.add_bos_token = add_bos_token
         elif tokenizer is None:

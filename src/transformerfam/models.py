@@ -86,7 +86,7 @@ def load(
     *,
     dtype: torch.dtype | str | None = None,
     device: torch.device | str | None = None,
-    adapter: str | None = SHIPPED,
+    adapter: str | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A TransformerFAM, ready to read, and its tokenizer.
 
@@ -98,9 +98,8 @@ def load(
             used: the model gets a fresh one.
         dtype: of the weights, such as "bfloat16"; by default as they are stored.
         device: where the weights go; by default the CPU.
-        adapter: folder or hub name of a PEFT adapter, which is merged into the weights; None: none.
-            `SHIPPED`: the one that comes with this package for the default model, and none for
-            others.
+        adapter: folder or hub name of a PEFT adapter, which is merged into the weights, or
+            `SHIPPED`: the one that comes with this package for the default model.
 
     Raises:
         ModelError: a ValueError of one sentence, if there is no such model or it cannot be read.
@@ -110,10 +109,14 @@ def load(
     from transformerfam.conversion import is_transformerfam
 
     register()
-    if (Path(name_or_path) / "adapter_config.json").is_file() and adapter in (None, SHIPPED):
+    if adapter is None and (Path(name_or_path) / "adapter_config.json").is_file():
         name_or_path, adapter = _adapted_model(name_or_path), name_or_path
     elif adapter == SHIPPED:
-        adapter = shipped_adapter() if name_or_path == EMBEDDED else None
+        if name_or_path != EMBEDDED:
+            raise ModelError(
+                f"The adapter {SHIPPED} belongs to the default model; leave {name_or_path} out."
+            )
+        adapter = shipped_adapter()
     model, tokenizer = _load_stored(name_or_path, _dtype(dtype))
     # What adapters write down: the name that was given, not a folder in some cache.
     model.config._name_or_path = model.name_or_path = name_or_path

@@ -72,28 +72,14 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     add_model_details(group)
 
 
-def add_adapter(group: argparse._ActionsContainer) -> None:
-    """--adapter and --no-adapter."""
-    which = group.add_mutually_exclusive_group()
-    which.add_argument(
-        "--adapter",
-        metavar="FOLDER",
-        default=SHIPPED,
-        help="a trained adapter to put on the model (default: for the default model the one that "
-        "comes with it)",
-    )
-    which.add_argument(
-        "--no-adapter",
-        dest="adapter",
-        action="store_const",
-        const=None,
-        help="the default model as it was before its memory was trained",
-    )
-
-
 def add_model_details(group: argparse._ActionsContainer) -> None:
     """What can be said about a model besides its name."""
-    add_adapter(group)
+    group.add_argument(
+        "--adapter",
+        metavar="FOLDER",
+        help=f"a trained adapter to put on the model; {SHIPPED}: the small one that comes with the "
+        "default model",
+    )
     group.add_argument(
         "--dtype",
         choices=["float32", "bfloat16", "float16"],

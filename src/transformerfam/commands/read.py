@@ -333,6 +333,8 @@ class Reading:
     def _growth(self) -> str:
         if self.session.config.slots is None:
             return ", and it grows with the text"
+        if self.session.config.through_stack:
+            return " now, and by the place in a block more or less, after any length of text"
         return ", after any length of text"
 
     def as_json(self, answers: list[dict[str, str]]) -> dict[str, Any]:

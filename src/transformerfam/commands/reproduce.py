@@ -97,8 +97,11 @@ def _add_real_data(parser: argparse.ArgumentParser) -> None:
         metavar="FOLDER",
         help="for results, table2 and table12: real data, see docs/evaluation.md",
     )
-    options.add_adapter(
-        parser.add_argument_group("the default model", "for results, table2, table12 and figure11")
+    parser.add_argument(
+        "--adapter",
+        metavar="FOLDER",
+        help="for results, table2, table12 and figure11: adapter of the default model; "
+        f"{SHIPPED}: the one that comes with it (default: none)",
     )
     parser.add_argument(
         "--samples",
@@ -301,8 +304,6 @@ def _command(name: str, args: argparse.Namespace) -> str:
         words += ["--samples", str(args.samples)]
     if args.data is not None:
         words += ["--data", "DATA"]  # where it lies says nothing
-    if args.adapter is None:
-        words += ["--no-adapter"]
-    elif args.adapter != SHIPPED:
+    if args.adapter is not None:
         words += ["--adapter", Path(args.adapter).name]
     return shlex.join(words)

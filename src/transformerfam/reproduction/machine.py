@@ -9,7 +9,6 @@ from pathlib import Path
 
 from transformerfam import report
 from transformerfam.config import FamConfig
-from transformerfam.embedded import SHIPPED
 from transformerfam.reproduction import scales
 from transformerfam.reproduction.experiment import Experiment
 from transformerfam.reproduction.items import Item
@@ -33,7 +32,7 @@ class Making:
 
     folder: Path
     command: str
-    adapter: str | None = SHIPPED
+    adapter: str | None = None
     lengths: tuple[int, ...] = BENCH_LENGTHS
 
 
@@ -165,7 +164,7 @@ def table13(making: Making) -> Page:
     from transformerfam.models import load
 
     config = FamConfig.paper(sink_tokens=4)
-    model, _ = load(config=config, adapter=None)
+    model, _ = load(config=config)
     rows = []
     for length, readers in benchmark.run(model, config, making.lengths, skip_full_beyond=1):
         fam, bswa = readers[0], readers[1]

@@ -37,7 +37,7 @@ def load_for_training(recipe: Recipe) -> tuple[Any, Any]:
     Raises:
         UserError, ModelError, UnsupportedModelError: if there is no such model, or it cannot be used.
     """
-    model, tokenizer = load(recipe.model.base, recipe.fam, dtype=recipe.model.dtype, adapter=None)
+    model, tokenizer = load(recipe.model.base, recipe.fam, dtype=recipe.model.dtype)
     if not is_trained(model):
         initialise_prompt(model, recipe.model.prompt, recipe.run.seed)
     return adapt(model, recipe.train, recipe.run.seed, adapter=recipe.model.adapter), tokenizer
