@@ -92,52 +92,24 @@ def test_bench_prints_a_table_or_json(fam: Run, folder: str) -> None:
     assert list(found["readers"]["full attention"]["prefill_seconds"]) == ["16"]
 
 
-def test_demo_reads_asks_talks_and_draws(
+def test_demo_reads_draws_and_says_that_feedback_is_untrained(
     fam: Run, folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    small = FamConfig(block_size=64, memory_segments=1, fam_length=4)
+    small = FamConfig.paper(block_size=64, memory_segments=1, fam_length=0, sink_tokens=4)
     loaded = models.load
-    monkeypatch.setattr(
-        models, "load", lambda config=small, adapter=None: loaded(folder, config, adapter=adapter)
-    )
+    monkeypatch.setattr(demo, "_CONFIG", small)
+    monkeypatch.setattr(models, "load", lambda config: loaded(folder, config))
     picture, numbers = tmp_path / "demo.png", tmp_path / "demo.json"
     args = ["--tokens", "400", "--full-limit", "128", "--out", str(picture), "--json", str(numbers)]
     code, out, _ = fam("demo", *args)
     assert code == 0
-    assert "the feedback memory has lost it" in out  # nothing was trained
-    assert "> What is the pass key?" in out
+    assert "BSWA + 4 sinks" in out
+    assert "untrained" in out
     assert picture.read_bytes().startswith(b"\x89PNG")
-    found = json.loads(numbers.read_text())
-    readers = {reader["name"]: reader for reader in found["readers"]}
-    assert (
-        list(readers) == list(found["answers"]) == ["FAM 4", "without feedback", "full attention"]
-    )
-    assert readers["full attention"]["tokens"] == 128
-    assert readers["FAM 4"]["tokens"] == readers["without feedback"]["tokens"] == 400
-    assert len(found["key"]) == 5
+    variants = {v["name"]: v for v in json.loads(numbers.read_text())["variants"]}
+    assert variants["full"]["tokens"] == 128
+    assert variants["BSWA"]["tokens"] == 400
     assert fam("demo", "--out", "picture.txt")[0] == 2
-
-
-@pytest.mark.parametrize(
-    ("answers", "says"),
-    [
-        (("12345", "1"), "far outside of every window"),
-        (("12345", "12345"), "read more than their windows reach"),
-        (("1", "12345"), "the feedback memory has lost it"),
-    ],
-)
-def test_demo_says_what_came_of_it(answers: tuple[str, str], says: str) -> None:
-    model = convert(tiny(), FamConfig(block_size=8, memory_segments=1, fam_length=2))
-    variants = demo._readers(model, model, 16)
-    names = [v.name for v in variants]
-    shown = demo.Shown(
-        "12345",
-        variants,
-        dict(zip(names, (*answers, ""), strict=True)),
-        [dict.fromkeys(names, 1)],
-        8,
-    )
-    assert says in demo._verdict(shown)
 
 
 def test_the_text_of_the_demo_is_long_and_english() -> None:

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING
 
 from transformerfam import report
 from transformerfam.commands import _options as options
-from transformerfam.embedded import SHIPPED
 from transformerfam.errors import UserError
 
 if TYPE_CHECKING:
@@ -100,8 +99,7 @@ def _add_real_data(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--adapter",
         metavar="FOLDER",
-        help="for results, table2, table12 and figure11: adapter of the default model; "
-        f"{SHIPPED}: the one that comes with it (default: none)",
+        help="for results, table2, table12 and figure11: adapter of the default model (default: none)",
     )
     parser.add_argument(
         "--samples",

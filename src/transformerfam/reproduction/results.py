@@ -17,7 +17,6 @@ from typing import Any
 from transformerfam import answers, evaluate, report
 from transformerfam.config import FamConfig
 from transformerfam.data.files import plain_texts
-from transformerfam.embedded import SHIPPED
 from transformerfam.errors import UserError
 from transformerfam.plots import draw_curves
 from transformerfam.reproduction.page import Page, papers_tables
@@ -193,8 +192,7 @@ def results_page(
 
 def describe(model: Any, adapter: str | None) -> str:
     """Who is asked, in a sentence."""
-    named = "that comes with it" if adapter == SHIPPED else adapter
-    with_adapter = f" with the adapter {named}" if adapter else ", nothing trained"
+    with_adapter = f" with the adapter {adapter}" if adapter else ", nothing trained"
     return (
         f"{Path(str(model.config._name_or_path)).name}{with_adapter}: {model.fam_config.describe()}. "
         "Texts of one block are read alike by all readers: the first block sees no FAM, and lies in "
