@@ -478,4 +478,5 @@ def test_all_goes_on_after_an_item_that_a_scale_does_not_have(
     )
     assert cli.main(["reproduce", "all", "--scale", "small", "--out", str(tmp_path)]) == 0
     assert "anywhere is left out: At the scale small" in capsys.readouterr().err
-    assert (tmp_path / "table10.md").exists()
+    assert (tmp_path / "index.md").exists()  # it went on to the end
+    assert not (tmp_path / "table10.md").exists()  # what trains nothing has no scale
