@@ -117,6 +117,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"recurrence": "rmt", "memory_segments": 0, "fam_start": "prefix"},
         "fam_start and fam_query do nothing",
     ),
+    "through the stack from another place": (
+        {"recurrence": "rmt", "memory_segments": 0, "fam_position": "zero"},
+        "leave fam_position and fam_query_position out",
+    ),
     "an unknown recurrence": ({"recurrence": "lstm"}, "recurrence must be one of layer, rmt"),
     "drawn blocks elsewhere": ({"random_blocks": 1}, "random_blocks belong to .*bigbird"),
     "bigbird without draws": ({"attention": "bigbird"}, "needs at least one; its paper has three"),

@@ -292,6 +292,10 @@ TOGETHER: list[tuple[str, str]] = [
     ("data.sources.1.kind=passkey data.sources.1.where=2", "start, anywhere, or a depth"),
     ("data.sources.1.kind=passkey data.sources.1.where=end", "start, anywhere, or a depth"),
     ("data.sources.1.kind=passkey data.sources.1.keys=0", "keys must be at least 1"),
+    (
+        "data.sources.1.kind=passkey data.sources.1.asked=2",
+        "asked=2, and there are data.sources.1.keys=1; ask for fewer",
+    ),
     ("optimizer.learning_rate=0", "optimizer.learning_rate must be above 0"),
     ("optimizer.learning_rate=inf", "optimizer.learning_rate must be a finite number"),
     ("optimizer.beta2=1", "optimizer.beta2 must be from 0 to below 1"),

@@ -472,11 +472,27 @@ def test_a_folder_that_cannot_be_written_to_is_refused_before_anything_is_traine
 def test_all_goes_on_after_an_item_that_a_scale_does_not_have(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("transformerfam.reproduction.items.ITEMS", {"anywhere": ITEMS["anywhere"]})
+    two = {name: ITEMS[name] for name in ("anywhere", "table11")}
+    monkeypatch.setattr("transformerfam.reproduction.items.ITEMS", two)
     monkeypatch.setattr(
         "transformerfam.reproduction.machine.MACHINE", {"table10": MACHINE["table10"]}
     )
     assert cli.main(["reproduce", "all", "--scale", "small", "--out", str(tmp_path)]) == 0
-    assert "anywhere is left out: At the scale small" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "anywhere is left out: At the scale small" in said
+    assert "table11 is left out" in said
     assert (tmp_path / "index.md").exists()  # it went on to the end
     assert not (tmp_path / "table10.md").exists()  # what trains nothing has no scale
+
+
+@pytest.mark.parametrize(
+    "option",
+    ["--seeds 2", "--steps 9", "--scale paper", "--lengths 64"],
+    ids=lambda o: o.split()[0],
+)
+def test_what_trains_nothing_refuses_what_says_how_to_train(
+    option: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["reproduce", "table10", *option.split(), "--out", str(tmp_path)]) == 2
+    assert f"{option.split()[0]} does nothing for table10" in capsys.readouterr().err
+    assert not (tmp_path / "table10.md").exists()

@@ -90,7 +90,6 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _as_text(readers: list[Reader], config: Any) -> str:
-
     first, *others = readers
     sections = [
         ("prefill, ms a token", lambda r, n: 1000 * r.prefill_seconds[n] / n, "{:.2f}"),

@@ -204,7 +204,6 @@ class Chat:
         self._say("The memory is empty.")
 
     def _info(self, _: str) -> None:
-
         memory = self.session.memory
         self._say(
             f"{memory.position[0]:,} tokens read, memory {report.size(memory.nbytes)}; "

@@ -194,7 +194,6 @@ def _costs(session: Session, shape: ModelShape) -> list[dict[str, Any]]:
 
 
 def _model_text(session: Session, facts: dict[str, Any]) -> str:
-
     config = session.config
     pairs = [
         (

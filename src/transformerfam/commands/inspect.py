@@ -179,7 +179,6 @@ def _read(found: Inspection, more: bool) -> str:
 def _summary(
     args: argparse.Namespace, session: Session, found: Inspection, name: str, more: bool
 ) -> str:
-
     tail = "; --tokens reads more" if more else ""
     layers = ", ".join(str(layer.layer) for layer in found.layers)
     loss = f"{found.losses[1:].mean():.3f} nats a token"

@@ -219,9 +219,9 @@ def _refuse_unused(name: str, args: argparse.Namespace) -> None:
         "--scale": args.scale != "toy",
         "--lengths": args.lengths is not None and name not in WITH_LENGTHS,
     }
-    if args.items != ["all"] and any(given.values()):
-        option = next(option for option, is_given in given.items() if is_given)
-        raise UserError(f"{option} does nothing for {name}; leave it out.")
+    for option, is_given in given.items():
+        if is_given and args.items != ["all"]:
+            raise UserError(f"{option} does nothing for {name}; leave it out.")
 
 
 def _results(name: str, args: argparse.Namespace, folder: Path, command: str) -> Page:

@@ -150,10 +150,9 @@ class PasskeyTexts:
         asked = rng.randrange(self.keys)
         told = [self._told(name, key) for name, key in zip(names, numbers, strict=True)]
         before = rng.sample([k for k in range(self.keys) if k != asked], self.asked - 1)
-        asked_before = [self._question(names[k], numbers[k], ends=True) for k in before]
-        question, answer = self._question(names[asked], numbers[asked])
-        fixed = sum(map(len, (self._beginning, *told, *itertools.chain(*asked_before))))
-        fixed += len(question) + len(answer)
+        questions = [self._question(names[k], numbers[k], ends=True) for k in before]
+        questions.append(self._question(names[asked], numbers[asked]))
+        fixed = sum(map(len, (self._beginning, *told, *itertools.chain(*questions))))
         sentences = self._take(rng, max(0, length - fixed))
         # Tokens of filler up to each border between sentences.
         borders = [0, *itertools.accumulate(map(len, sentences))]
@@ -164,9 +163,9 @@ class PasskeyTexts:
             for key in _shuffled(rng, [k for k, place in enumerate(places) if place == border]):
                 ids += told[key]
         weights = [self.filler_weight] * len(ids)
-        for asking, told_again in (*asked_before, (question, answer)):
-            ids += asking + told_again
-            weights += [self.filler_weight] * len(asking) + [1.0] * len(told_again)
+        for question, answer in questions:
+            ids += question + answer
+            weights += [self.filler_weight] * len(question) + [1.0] * len(answer)
         return PasskeySample(
             example=Example(tuple(ids), tuple(weights)),
             key=numbers[asked],
