@@ -310,7 +310,6 @@ WRONG = [
     ({"lengths": [10, 20], "steps_of": 64}, "No multiple of 64 lies between"),
     ({"digits": 0}, "at least one digit"),
     ({"keys": 0}, "has 1 to 32 pass keys"),
-    ({"keys": 2, "asked": 2, "chat": True}, "one pass key is asked for"),
     ({"keys": 2, "asked": 3}, "Of 2 pass keys 1 to 2 can be asked for"),
     ({"keys": 10, "digits": 1}, "has 1 to 9 pass keys"),
     ({"keys": len(NAMES) + 1}, "has 1 to 32 pass keys"),

@@ -152,6 +152,10 @@ def _sdpa(
         shape = (len(bias), q.shape[1], q.shape[2])
         bias = torch.cat([bias.expand(*shape, -1), logits.expand(*shape, 1)], dim=-1)
         k, v = F.pad(k, (0, 0, 0, 1)), F.pad(v, (0, 0, 0, 1))
+    shared = q.shape[1] // k.shape[1]
+    if q.is_cuda and bias is not None and shared > 1:
+        # With a mask and shared heads PyTorch has no fused kernel, only scores in memory.
+        k, v, shared = k.repeat_interleave(shared, 1), v.repeat_interleave(shared, 1), 1
     return F.scaled_dot_product_attention(
         q,
         k,
@@ -159,7 +163,7 @@ def _sdpa(
         attn_mask=bias,
         dropout_p=style.dropout,
         scale=style.scaling,
-        enable_gqa=q.shape[1] != k.shape[1],
+        enable_gqa=shared > 1,
     )
 
 

@@ -11,7 +11,7 @@ import os
 import re
 import stat
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from types import TracebackType
 from typing import Any, BinaryIO
 
@@ -237,6 +237,18 @@ class Encoder:
             if joined[: len(ids)] == ids:
                 return joined[len(ids) :]
         return self._ids(piece)
+
+    def encode_all(self, pieces: Sequence[str]) -> list[list[int]]:
+        """`encode` of each piece by itself, behind other text: many at once take a tenth of the time."""
+        if not pieces:
+            return []
+        leads = [self._before[0 if piece[0].isspace() else 1] for piece in pieces]
+        texts = [lead + piece for (lead, _), piece in zip(leads, pieces, strict=True)]
+        found = self._tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+        return [
+            joined[len(ids) :] if joined[: len(ids)] == ids else self._ids(piece)
+            for joined, (_, ids), piece in zip(found, leads, pieces, strict=True)
+        ]
 
     def _ids(self, text: str) -> list[int]:
         # verbose=False: a piece may be longer than the model's window; that is what we are for.

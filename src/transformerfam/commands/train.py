@@ -190,8 +190,9 @@ def _dry_run(recipe: Recipe) -> int:
 
 
 def _described(source: SourceSettings) -> str:
-    if source.kind == "passkey":
-        return f"PassKey texts of {source.lengths[0]:,} to {source.lengths[-1]:,} tokens"
+    if source.kind != "files":
+        kind = {"passkey": "PassKey texts", "facts": "texts with facts"}[source.kind]
+        return f"{kind} of {source.lengths[0]:,} to {source.lengths[-1]:,} tokens"
     from transformerfam.data.files import open_rows
 
     rows = open_rows(source.path, split=source.split, bad_rows=source.bad_rows)

@@ -14,6 +14,7 @@ from transformerfam.errors import UserError
 from transformerfam.text import Encoder
 
 _SENTENCE = re.compile(r".+?(?:[.!?…]+[\"'”’»)\]]*(?=\s|$)|[。！？]+[”’」』）]*|$)")
+_AHEAD = 64  # sentences that are tokenised together
 _PARAGRAPH = re.compile(r"\n\s*\n")
 
 
@@ -102,7 +103,10 @@ class Haystack:
 
     def _encode(self, n: int) -> list[int]:
         if n not in self._ids:
-            self._ids[n] = self._encoder.encode(f" {self._sentences[n]}", first=False)
+            # Prose is read in its order: those behind it are wanted next.
+            ahead = [m for m in range(n, min(n + _AHEAD, len(self))) if m not in self._ids]
+            found = self._encoder.encode_all([f" {self._sentences[m]}" for m in ahead])
+            self._ids.update(zip(ahead, found, strict=True))
         return self._ids[n]
 
 

@@ -41,12 +41,29 @@ NAMES = (
 
 
 @dataclass(frozen=True)
+class Told:
+    """What a text tells and is asked about.
+
+    Attributes:
+        sentence: tells it.
+        question: asks for it.
+        stem: how the answer begins, and
+        key: how it ends: what had to be remembered.
+    """
+
+    sentence: str
+    question: str
+    stem: str
+    key: str
+
+
+@dataclass(frozen=True)
 class PasskeySample:
     """A PassKey text and what is known about it.
 
     Attributes:
         example: its tokens; those of the answer, at its end, and of answers before it weigh 1.
-        key: the number that is asked for, in digits.
+        key: what is asked for, the number in digits.
         depth: share of the filler that stands before that key, 0 to 1.
         answer: the tokens of the answer.
     """
@@ -80,13 +97,18 @@ class PasskeyTexts:
         filler_weight: how much a token that is not of an answer counts.
         asked: how many of the keys are asked for, one question behind the other. `where` and what is
             said of a sample are about the last of them.
-        chat: the one question is put in the model's chat template, as `fam read --ask` does, and the
-            answer is a sentence and the end of the turn.
+        chat: questions are put in the model's chat template, as `fam read --ask` does, and each
+            answer is a sentence and the end of the turn; of several they make one conversation.
         seed: of the draws.
 
     Raises:
         UserError: no text can be made like this.
+
+    Attributes:
+        introduction: what a text begins with.
     """
+
+    introduction = INTRODUCTION
 
     def __init__(
         self,
@@ -104,8 +126,6 @@ class PasskeyTexts:
         seed: int = 0,
     ) -> None:
         _check(lengths, digits, keys, where, asked)
-        if chat and asked > 1:
-            raise UserError("In a chat template one pass key is asked for; leave asked out.")
         self.lengths = _choices(lengths, steps_of)
         self.digits = digits
         self.keys = keys
@@ -119,10 +139,9 @@ class PasskeyTexts:
         numbers = {tuple(self._encoder.encode(digit, first=True)) for digit in "0123456789"}
         if len(numbers - {()}) < 10:
             raise UserError("This tokenizer has no tokens for digits, so it cannot say a pass key.")
-        self._beginning = [
-            *start_tokens(tokenizer),
-            *self._encoder.encode(INTRODUCTION, first=True),
-        ]
+        self._beginning = list(start_tokens(tokenizer))
+        if self.introduction:
+            self._beginning += self._encoder.encode(self.introduction, first=True)
         # A number as long as a key might tell another.
         number = re.compile(rf"\d{{{digits}}}")
         kind = f"without a number of {digits} digits"
@@ -145,13 +164,11 @@ class PasskeyTexts:
     def sample(self, rng: random.Random, length: int | None = None) -> PasskeySample:
         """A text of `length` tokens, or of one of the lengths, with what is known about it."""
         length = rng.choice(self.lengths) if length is None else length
-        numbers = self._numbers(rng)
-        names: list[str | None] = [None] if self.keys == 1 else [*rng.sample(NAMES, self.keys)]
+        things = self._things(rng)
         asked = rng.randrange(self.keys)
-        told = [self._told(name, key) for name, key in zip(names, numbers, strict=True)]
+        told = [self._encoder.encode(f" {thing.sentence}", first=False) for thing in things]
         before = rng.sample([k for k in range(self.keys) if k != asked], self.asked - 1)
-        questions = [self._question(names[k], numbers[k], ends=True) for k in before]
-        questions.append(self._question(names[asked], numbers[asked]))
+        questions = self._questions([things[k] for k in (*before, asked)])
         fixed = sum(map(len, (self._beginning, *told, *itertools.chain(*questions))))
         sentences = self._take(rng, max(0, length - fixed))
         # Tokens of filler up to each border between sentences.
@@ -168,37 +185,45 @@ class PasskeyTexts:
             weights += [self.filler_weight] * len(question) + [1.0] * len(answer)
         return PasskeySample(
             example=Example(tuple(ids), tuple(weights)),
-            key=numbers[asked],
+            key=things[asked].key,
             depth=borders[places[asked]] / max(1, borders[-1]),
             answer=slice(len(ids) - len(answer), len(ids)),
         )
 
     # ---- parts
 
-    def _numbers(self, rng: random.Random) -> list[str]:
-        """Different keys."""
+    def _things(self, rng: random.Random) -> list[Told]:
+        """Different keys, each with a name of its own unless there is one alone."""
         found: dict[str, None] = {}
         while len(found) < self.keys:
             found[str(rng.randrange(10 ** (self.digits - 1), 10**self.digits))] = None
-        return list(found)
+        names: list[str | None] = [None] if self.keys == 1 else [*rng.sample(NAMES, self.keys)]
+        return [_told(name, key) for name, key in zip(names, found, strict=True)]
 
-    def _told(self, name: str | None, key: str) -> list[int]:
-        what = _called(name)
-        text = f" The {what} is {key}. Remember it. {key} is the {what}."
-        return self._encoder.encode(text, first=False)
-
-    def _question(
-        self, name: str | None, key: str, ends: bool = False
-    ) -> tuple[list[int], list[int]]:
-        """Token ids of the question and of its answer, which may end its sentence."""
-        what = _called(name)
+    def _questions(self, things: Sequence[Told]) -> list[tuple[list[int], list[int]]]:
+        """Token ids of each question and of its answer, in the order in which they are asked."""
         if self._turns is not None:
-            said = self._encoder.encode(f"The {what} is {key}.", first=True)
-            opening = self._turns.opening(f"What is the {what}?", first=True, fresh=False)
-            return opening, said + self._turns.closing()[:1]
-        asked = f"What is the {what}? The {what} is"
-        _, answer = continued(self._tokenizer, asked, f" {key}." if ends else f" {key}")
-        return self._encoder.encode(f" {asked}", first=False), answer
+            return self._conversation(self._turns, things)
+        made = []
+        for place, thing in enumerate(things):
+            asked = f"{thing.question} {thing.stem}"
+            # Only the last answer is left open: the text ends with its key.
+            end = "" if place == len(things) - 1 else "."
+            _, answer = continued(self._tokenizer, asked, f" {thing.key}{end}")
+            made.append((self._encoder.encode(f" {asked}", first=False), answer))
+        return made
+
+    def _conversation(
+        self, turns: Turns, things: Sequence[Told]
+    ) -> list[tuple[list[int], list[int]]]:
+        """The same in the model's chat template."""
+        made, closing = [], turns.closing()
+        for place, thing in enumerate(things):
+            opening = turns.opening(thing.question, first=not place, fresh=False)
+            said = self._encoder.encode(f"{thing.stem} {thing.key}.", first=True)
+            # The token that ends a turn is part of the answer; what stands behind it is not.
+            made.append(([*(closing[1:] if place else ()), *opening], said + closing[:1]))
+        return made
 
     def _take(self, rng: random.Random, budget: int) -> list[list[int]]:
         """Sentences of `budget` tokens together; the last is cut if it must be."""
@@ -219,8 +244,14 @@ class PasskeyTexts:
         return places
 
 
-def _called(name: str | None) -> str:
-    return "pass key" if name is None else f"pass key of {name}"
+def _told(name: str | None, key: str) -> Told:
+    what = "pass key" if name is None else f"pass key of {name}"
+    return Told(
+        sentence=f"The {what} is {key}. Remember it. {key} is the {what}.",
+        question=f"What is the {what}?",
+        stem=f"The {what} is",
+        key=key,
+    )
 
 
 def _shuffled(rng: random.Random, items: list[int]) -> list[int]:

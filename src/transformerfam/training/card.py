@@ -171,9 +171,10 @@ def _training(recipe: Recipe, facts: Mapping[str, Any]) -> str:
 
 
 def _source(source: SourceSettings) -> str:
-    if source.kind == "passkey":
+    if source.kind != "files":
         shortest, longest = source.lengths[0], source.lengths[-1]
-        what = f"PassKey texts of {shortest:,} to {longest:,} tokens"
+        kind = {"passkey": "PassKey texts", "facts": "texts with facts"}[source.kind]
+        what = f"{kind} of {shortest:,} to {longest:,} tokens"
     else:
         what = f"`{source.path}`"
     return what if source.share == 1 else f"{what}, share {source.share:g}"

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from transformerfam.training.recipe import Recipe
 
 # A meaning in SourceSettings begins with the kind of source that it is for, if it is for one.
-_KINDS = ("files", "passkey")
+_KINDS = {"files", "passkey", "facts"}
 
 
 def check(recipe: Recipe) -> None:
@@ -58,7 +58,8 @@ def not_for(kind: str) -> list[str]:
     return [
         field.name
         for field in fields(SourceSettings)
-        if (of := field.metadata["meaning"].partition(": ")[0]) in _KINDS and of != kind
+        if (of := {*field.metadata["meaning"].partition(": ")[0].split(", ")}) <= _KINDS
+        and kind not in of
     ]
 
 

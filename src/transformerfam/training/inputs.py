@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from transformerfam.data.examples import BadRow, Example, from_row, repeat_marker
+from transformerfam.data.facts import FactTexts
 from transformerfam.data.files import Rows, open_rows, plain_texts
 from transformerfam.data.passkey import DEFAULT_SENTENCES, PasskeyTexts
 from transformerfam.data.rows import (
@@ -30,7 +31,7 @@ from transformerfam.training.settings import SourceSettings
 
 @dataclass(frozen=True)
 class PasskeySource:
-    """PassKey texts, of the same length in all rows of a step: a batch then needs no filling up."""
+    """Texts of the same length in all rows of a step: a batch then needs no filling up."""
 
     texts: PasskeyTexts
     rows: int
@@ -140,7 +141,8 @@ def _source(
                 + "; ".join(rows.bad.examples)
             )
         return FileSource(rows, tokenizer, seed=seed, shuffle=settings.shuffle)
-    texts = PasskeyTexts(
+    kind = FactTexts if settings.kind == "facts" else PasskeyTexts
+    texts = kind(
         tokenizer,
         lengths=settings.lengths,
         steps_of=settings.lengths_in_steps_of,

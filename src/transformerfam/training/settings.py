@@ -53,8 +53,11 @@ class TrainSettings:
 class SourceSettings:
     """One place that texts come from. A recipe may have several."""
 
-    kind: Literal["files", "passkey"] = _setting(
-        "files", "`files`: rows of files or of a data set; `passkey`: made up as needed"
+    kind: Literal["files", "passkey", "facts"] = _setting(
+        "files",
+        "`files`: rows of files or of a data set; made up as needed: `passkey`, a number hidden in "
+        "prose, and `facts`, sentences on people, places and things, to which all settings of passkey "
+        "but digits apply",
     )
     share: float = _setting(1.0, "how often this source is drawn from, against the others' shares")
     path: str = _setting(
@@ -68,25 +71,29 @@ class SourceSettings:
         "skip", "files: what to do about rows that cannot be used; they are counted and named"
     )
     lengths: tuple[int, ...] = _setting(
-        (2048, 18432), "passkey: shortest and longest text, in tokens"
+        (2048, 18432), "passkey, facts: shortest and longest text, in tokens"
     )
     lengths_in_steps_of: int = _setting(
-        1, "passkey: lengths are multiples of this; block_size keeps the blocks of a batch alike"
+        1,
+        "passkey, facts: lengths are multiples of this; block_size keeps the blocks of a batch alike",
     )
     where: str | float = _setting(
-        "start", "passkey: where the key stands: `start`, `anywhere`, or a depth from 0 to 1"
+        "start", "passkey, facts: where the key stands: `start`, `anywhere`, or a depth from 0 to 1"
     )
-    keys: int = _setting(1, "passkey: how many keys the text holds")
-    asked: int = _setting(1, "passkey: how many of them are asked for, one after the other")
+    keys: int = _setting(1, "passkey, facts: how many keys the text holds")
+    asked: int = _setting(1, "passkey, facts: how many of them are asked for, one after the other")
     chat: bool = _setting(
         False,
-        "passkey: ask in the model's chat template and expect a sentence, as `fam read --ask`",
+        "passkey, facts: ask in the model's chat template and expect sentences, as `fam read --ask`",
     )
     digits: int = _setting(5, "passkey: digits of a key")
     filler: str = _setting(
-        "", "passkey: file or folder of prose to fill up with; empty: five short sentences again"
+        "",
+        "passkey, facts: file or folder of prose to fill up with; empty: five short sentences again",
     )
-    filler_weight: float = _setting(0.0, "passkey: weight of the tokens that are not the answer")
+    filler_weight: float = _setting(
+        0.0, "passkey, facts: weight of the tokens that are not the answer"
+    )
 
 
 @dataclass(frozen=True)

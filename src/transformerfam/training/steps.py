@@ -13,18 +13,19 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 
 from transformerfam.auxiliary import FeedbackLosses
 from transformerfam.conversion import reconfigure
+from transformerfam.extras import require
 from transformerfam.memory import Memory
 from transformerfam.training.batches import Batch
+from transformerfam.training.cross_entropy import weighted_cross_entropy
 from transformerfam.training.recipe import Recipe
 
 
@@ -79,7 +80,8 @@ class Stepper:
         for i, batch in enumerate(batches):
             memory = self._begin(batch, i, step)
             is_last = i == len(batches) - 1
-            loss, memory = self._through(batch, memory, total, is_last)
+            with self._cast_once():
+                loss, memory = self._through(batch, memory, total, is_last)
             summed += loss
             memories.append(memory)
         if self.recipe.data.layout == "documents":
@@ -110,6 +112,14 @@ class Stepper:
         return memory
 
     # ---- segments
+
+    def _cast_once(self) -> AbstractContextManager[Any]:
+        """Under autocast PEFT need not widen what LoRA reads: it would only be narrowed again."""
+        if self.recipe.run.precision == "fp32":
+            return nullcontext()
+        helpers = require("peft.helpers", "train")
+        context: AbstractContextManager[Any] = helpers.disable_input_dtype_casting(self.model)
+        return context
 
     def _through(
         self, batch: Batch, memory: Memory, total: float, is_last: bool
@@ -155,10 +165,11 @@ class Stepper:
             logits_to_keep=columns,
             **more,
         ).logits
-        losses = cross_entropy(
-            logits.flatten(0, 1).float(), segment.targets[:, columns].flatten(), reduction="none"
+        summed = weighted_cross_entropy(
+            logits.flatten(0, 1),
+            segment.targets[:, columns].flatten(),
+            segment.weights[:, columns].flatten(),
         )
-        summed = (losses * segment.weights[:, columns].flatten()).sum()
         return summed, 0.0 if extra is None else (extra.total() * segment.weights.sum(1)).sum()
 
     def _auxiliary(self) -> FeedbackLosses | None:
