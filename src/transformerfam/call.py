@@ -6,7 +6,9 @@ when all layers have run.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -66,6 +68,23 @@ class Attended:
 Observer = Callable[[Attended], None]
 
 
+_KEPT: ContextVar[dict[Any, Any] | None] = ContextVar("kept", default=None)
+
+
+@contextmanager
+def keeping(made: dict[Any, Any]) -> Iterator[None]:
+    """Let calls in here share what they make once (`Call.once`), with each other and with later ones.
+
+    They must have the same plan: as many rows and columns of streams that stand at the same place. A
+    CUDA graph is recorded like this, which can hold no copy from the CPU.
+    """
+    before = _KEPT.set(made)
+    try:
+        yield
+    finally:
+        _KEPT.reset(before)
+
+
 class Call:
     """One call of the decoder: R rows, T new tokens each, on an existing or a new memory.
 
@@ -118,7 +137,8 @@ class Call:
         self.rising: list[Tensor | None] = [None] * (len(before) + 1)
         if start is not None and config.fam_start == "prompt":
             self.rising[0] = start.expand(plan.rows, -1, -1)
-        self._cache: dict[Any, Any] = {}
+        kept = _KEPT.get()
+        self._cache: dict[Any, Any] = {} if kept is None else kept
 
     def commit(self, memory: Memory) -> None:
         """Advance `memory` to after the call."""

@@ -124,7 +124,7 @@ def _check_rehearsal(model: PreTrainedModel, expected: Tensor) -> None:
         same = _alike(_rehearse(model, (4, 4)), expected)
         model.config.fam = _REHEARSAL.replace(fam_length=1, memory_segments=0).to_dict()
         add_prompt(model)
-        same = same and _alike(_rehearse(model, (4, 1, 3)), _rehearse(model))
+        same = same and _same_in_pieces(model)
     finally:
         model.config.fam = chosen
         decoder_of(model)._modules.pop("fam_prompt", None)
@@ -134,6 +134,24 @@ def _check_rehearsal(model: PreTrainedModel, expected: Tensor) -> None:
             f"A {model.config.model_type} model gives other results when its attention is ours; "
             "its layers do something with attention that is not understood."
         )
+
+
+def _same_in_pieces(model: PreTrainedModel) -> bool:
+    """Whether reading in pieces is the same as reading at once.
+
+    A random prompt may be one that a model blows up, and roundings with it: what is not the same in
+    half precision is looked at again in float32, from which weights come back unchanged.
+    """
+    if _alike(_rehearse(model, (4, 1, 3)), _rehearse(model)):
+        return True
+    dtype = model.get_input_embeddings().weight.dtype
+    if dtype not in (torch.float16, torch.bfloat16) or getattr(model, "is_quantized", False):
+        return False
+    model.float()
+    try:
+        return _alike(_rehearse(model, (4, 1, 3)), _rehearse(model))
+    finally:
+        model.to(dtype)
 
 
 def _alike(a: Tensor, b: Tensor) -> bool:

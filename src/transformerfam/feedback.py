@@ -157,8 +157,10 @@ class Recurrence:
         rms = wide.pow(2).mean(-1, keepdim=True).add(1e-6).sqrt()
         if norm == "rms":
             return (wide * (self.config.feedback_rms / rms)).to(fam.dtype)
-        cap = torch.as_tensor(norm, dtype=wide.dtype, device=fam.device).reshape(-1, 1)
-        return (wide * (cap / rms).clamp(max=1.0)).to(fam.dtype)
+        if isinstance(norm, tuple):
+            caps = torch.as_tensor(norm, dtype=wide.dtype, device=fam.device).reshape(-1, 1)
+            return (wide * (caps / rms).clamp(max=1.0)).to(fam.dtype)
+        return (wide * (float(norm) / rms).clamp(max=1.0)).to(fam.dtype)
 
 
 def fam_keys(call: Call, layer: int, reenter: Reenter, fam: Tensor, block: int) -> KeyValue:

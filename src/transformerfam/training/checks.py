@@ -35,6 +35,7 @@ def check(recipe: Recipe) -> None:
     _check_optimizer(recipe)
     _check_feedback(recipe)
     _check_run(recipe)
+    _check_recording(recipe)
     _check_probes(recipe)
 
 
@@ -288,6 +289,30 @@ def _check_run(recipe: Recipe) -> None:
     _at_least(1, "run", run, ["steps", "keep_checkpoints", "log_every"])
     _at_least(0, "run", run, ["seed", "checkpoint_every"])
     _above_zero("run", run, ["explode_at"])  # inf: never
+
+
+def _check_recording(recipe: Recipe) -> None:
+    """What every row of a recorded step has in common is recorded with it."""
+    if not recipe.run.cuda_graphs:
+        return
+    feedback = recipe.feedback
+    wrong = {
+        "run.activation_checkpointing=true": recipe.run.activation_checkpointing,
+        'data.layout="documents"': recipe.data.layout == "documents",
+        "feedback.bptt_blocks": feedback.bptt_blocks,
+        "feedback.state_passing": feedback.state_passing,
+        "feedback.position_offset": feedback.position_offset,
+        "feedback.bias_steps": feedback.bias_steps and recipe.fam.has_feedback,
+        "feedback.diversity_weight": feedback.diversity_weight,
+        "feedback.reconstruction_weight": feedback.reconstruction_weight,
+        "train.dropout": recipe.train.dropout,
+    }
+    found = [name for name, is_set in wrong.items() if is_set]
+    _refuse_unless(
+        not found,
+        f"run.cuda_graphs plays the same step again and again, and {', '.join(found)} "
+        f"{'makes' if len(found) == 1 else 'make'} steps differ; leave one or the other out.",
+    )
 
 
 def _check_probes(recipe: Recipe) -> None:

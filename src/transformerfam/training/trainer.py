@@ -22,12 +22,13 @@ from transformerfam.training import adaptation, places
 from transformerfam.training.batches import Batch
 from transformerfam.training.card import model_card
 from transformerfam.training.checkpoint import Checkpoints, Progress, recipe_of
+from transformerfam.training.graphs import stepper_for
 from transformerfam.training.inputs import open_probes, open_source, row_readers
 from transformerfam.training.journal import Journal
 from transformerfam.training.optimizers import make_optimizer, rate_at
 from transformerfam.training.probes import Probe
 from transformerfam.training.recipe import Recipe
-from transformerfam.training.steps import Stepper, bias_at
+from transformerfam.training.steps import bias_at
 
 # A run that goes on may be longer or slower, but it trains the same thing on the same data.
 _FIXED_SECTIONS = ("model", "fam", "train", "data", "feedback")
@@ -162,7 +163,7 @@ class Trainer:
             name: value for name, value in optimizer.param_groups[0].items() if name != "params"
         }
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
-        self.stepper = Stepper(self.accelerator, self.model, self.base, recipe)
+        self.stepper = stepper_for(self.accelerator, self.model, self.base, recipe)
         self.checkpoints = Checkpoints(
             (self.folder or Path()) / places.CHECKPOINTS,
             recipe.run.keep_checkpoints,

@@ -1,0 +1,117 @@
+"""Training steps as CUDA graphs: a step is recorded once and then played back.
+
+With small blocks a step is some ten thousand small kernels, and Python takes several times as long to
+start them as the GPU to run them. A recording starts them all at once. It is of one shape: every row
+is filled up to `data.length` tokens, and begins a stream.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from transformerfam.call import keeping
+from transformerfam.memory import Memory
+from transformerfam.training.batches import Batch
+from transformerfam.training.cross_entropy import weighted_cross_entropy
+from transformerfam.training.recipe import Recipe
+from transformerfam.training.steps import Stepper
+
+_REHEARSALS = 2  # steps before the recording: libraries allocate and choose kernels in the first
+
+
+def stepper_for(accelerator: Any, model: Any, base: Any, recipe: Recipe) -> Stepper:
+    """The recipe's way to do steps; without a GPU, or with several, nothing is recorded."""
+    one_gpu = accelerator.device.type == "cuda" and accelerator.num_processes == 1
+    kind = RecordedStepper if recipe.run.cuda_graphs and one_gpu else Stepper
+    return kind(accelerator, model, base, recipe)
+
+
+class RecordedStepper(Stepper):
+    """Forward and backward of steps, recorded; what comes of them is the same as of a `Stepper`.
+
+    Args: see `Stepper`. The accelerator's device must be a GPU, and the recipe one that
+    `checks.check_recording` lets through.
+    """
+
+    def __init__(self, accelerator: Any, model: Any, base: Any, recipe: Recipe) -> None:
+        super().__init__(accelerator, model, base, recipe)
+        self._recordings: dict[int, Recording] = {}
+        trained = [p for p in model.parameters() if p.requires_grad]
+        # A recording adds to the gradients that were there when it was made.
+        self._gradients = [(p, torch.zeros_like(p)) for p in trained]
+
+    def _through(
+        self, batch: Batch, memory: Memory, total: float, is_last: bool
+    ) -> tuple[float, Memory]:
+        rows = len(batch.fresh)
+        self._give_gradients()
+        if rows not in self._recordings:
+            self._recordings[rows] = Recording(self.model, rows, self.recipe.data.length)
+            torch._foreach_zero_([gradient for _, gradient in self._gradients])
+        summed = self._recordings[rows].play(batch, 1 / total if total else 0.0)
+        return summed, memory
+
+    def _give_gradients(self) -> None:
+        """Put the gradients back where the optimizer has taken them away, at zero."""
+        gone = [(p, gradient) for p, gradient in self._gradients if p.grad is None]
+        if gone:
+            torch._foreach_zero_([gradient for _, gradient in gone])
+        for parameter, gradient in gone:
+            parameter.grad = gradient
+
+
+class Recording:
+    """Forward and backward over `rows` rows of `length` tokens.
+
+    Args:
+        model: in training mode, on a GPU, with a gradient at each trained parameter.
+        rows, length: the shape.
+    """
+
+    def __init__(self, model: Any, rows: int, length: int) -> None:
+        self._model = model
+        device = next(model.parameters()).device
+        self._inputs = torch.zeros(rows, length, dtype=torch.long, device=device)
+        self._targets = torch.zeros_like(self._inputs)
+        self._weights = torch.zeros(rows, length, device=device)
+        self._share = torch.zeros((), device=device)
+        self._made: dict[Any, Any] = {}
+        self._summed, self._replay = recorded(self._run)
+
+    def play(self, batch: Batch, share: float) -> float:
+        """Add the gradients of `share` times the sum of weighted losses, in nats; return that sum."""
+        batch = batch.filled_up(self._inputs.shape[1])
+        self._inputs.copy_(batch.inputs)
+        self._targets.copy_(batch.targets)
+        self._weights.copy_(batch.weights)
+        self._share.fill_(share)
+        self._replay()
+        return float(self._summed)
+
+    def _run(self) -> Tensor:
+        with keeping(self._made):
+            logits = self._model(input_ids=self._inputs, use_cache=False).logits
+        summed = weighted_cross_entropy(
+            logits.flatten(0, 1), self._targets.flatten(), self._weights.flatten()
+        )
+        (summed * self._share).backward()
+        return summed.detach()
+
+
+def recorded(run: Callable[[], Tensor]) -> tuple[Tensor, Callable[[], None]]:
+    """What `run` returns, and what does `run` again and leaves its new result there."""
+    aside = torch.cuda.Stream()
+    aside.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(aside):
+        for _ in range(_REHEARSALS):
+            run()
+    torch.cuda.current_stream().wait_stream(aside)
+    torch.cuda.empty_cache()  # the recording has memory of its own
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = run()
+    return result, graph.replay

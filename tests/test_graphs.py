@@ -1,0 +1,111 @@
+"""Recorded steps: what they compute is what steps compute; a GPU is not needed to tell."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from families import some_tokens
+from test_steps import B, assert_same, batch, recipe, stepper
+from torch import Tensor
+
+from transformerfam.call import Call
+from transformerfam.errors import UserError
+from transformerfam.training import graphs
+from transformerfam.training.graphs import RecordedStepper, stepper_for
+from transformerfam.training.recipe import Recipe, find
+from transformerfam.training.steps import Stepper
+
+
+def on_the_cpu(run: Callable[[], Tensor]) -> tuple[Tensor, Callable[[], None]]:
+    """In place of CUDA's recording: runs again, and must leave its result in the same place."""
+    result = run().clone()
+
+    def replay() -> None:
+        result.copy_(run())
+
+    return result, replay
+
+
+@pytest.mark.parametrize("norm", ["none", "rms", 2.0])
+def test_gradients_and_losses_are_those_of_plain_steps(
+    norm: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(graphs, "recorded", on_the_cpu)
+    made = recipe("single", fam={"feedback_norm": norm})
+    plain = stepper(made)
+    other = stepper(made)
+    ours = RecordedStepper(other.accelerator, other.model, other.base, made)
+    for step, length in enumerate([4 * B, 2 * B + 3, 4 * B]):
+        ids = some_tokens(2, length + 1, seed=step)
+        weights = torch.rand(2, length)
+        expected = plain.run(step, [batch(ids, weights)])
+        found = ours.run(step, [batch(ids, weights)])
+        assert found == pytest.approx(expected, rel=1e-5)
+        pairs = [
+            {n: p.grad.clone() for n, p in s.base.named_parameters() if p.grad is not None}
+            for s in (ours, plain)
+        ]
+        assert_same(*pairs)
+        for one in (plain, ours):
+            one.base.zero_grad()  # as the optimizer does: gradients are taken away
+
+
+def test_micro_batches_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(graphs, "recorded", on_the_cpu)
+    made = recipe("single")
+    plain, other = stepper(made), stepper(made)
+    ours = RecordedStepper(other.accelerator, other.model, other.base, made)
+    ids = some_tokens(2, 4 * B + 1)
+    plain.run(0, [batch(ids)])
+    ours.run(0, [batch(ids[:1]), batch(ids[1:])])
+    grads = [
+        {n: p.grad for n, p in s.base.named_parameters() if p.grad is not None}
+        for s in (ours, plain)
+    ]
+    assert_same(*grads)
+
+
+def test_once_recorded_nothing_comes_from_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a call makes once comes from the first run: tables and masks are made on the CPU."""
+    monkeypatch.setattr(graphs, "recorded", on_the_cpu)
+    made = recipe("single")
+    other = stepper(made)
+    ours = RecordedStepper(other.accelerator, other.model, other.base, made)
+    ids = some_tokens(2, 4 * B + 1)
+    ours.run(0, [batch(ids)])
+    once = Call.once
+
+    def kept(self: Call, key: Any, make: Callable[[], Any]) -> Any:
+        def refuse() -> Any:
+            raise AssertionError(f"{key} is made again")
+
+        return once(self, key, refuse)
+
+    monkeypatch.setattr(Call, "once", kept)
+    ours.run(1, [batch(ids)])
+
+
+def test_without_a_gpu_steps_are_plain() -> None:
+    made = Recipe.load(find("smollm2-memory-cpu-1"), ["run.cuda_graphs=true"])
+    one = stepper(recipe())
+    assert type(stepper_for(one.accelerator, one.model, one.base, made)) is Stepper
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        (["run.activation_checkpointing=true"], "run.activation_checkpointing=true makes"),
+        (["feedback.state_passing=0.5"], "feedback.state_passing makes"),
+        (["feedback.bptt_blocks=4", "train.dropout=0.1"], "bptt_blocks, train.dropout make"),
+        (["data.layout=documents"], "documents"),
+        (["feedback.bias_steps=5"], "bias_steps makes"),
+    ],
+)
+def test_what_makes_steps_differ_is_refused(changes: list[str], named: str) -> None:
+    recorded = ["run.cuda_graphs=true"]
+    Recipe.load(find("smollm2-memory-cpu-1"), recorded)
+    with pytest.raises(UserError, match=named):
+        Recipe.load(find("smollm2-memory-cpu-1"), [*recorded, *changes])
