@@ -27,6 +27,9 @@ class Haystack:
         without: leave out sentences that hold this.
         kind: which sentences are left, for a message, such as "without a number".
 
+    Attributes:
+        texts: where the sentences come from.
+
     Raises:
         UserError: there is no sentence, or the tokenizer has no tokens for them.
     """
@@ -38,9 +41,12 @@ class Haystack:
         without: re.Pattern[str] | None = None,
         kind: str = "that can be used",
     ) -> None:
-        texts = [texts] if isinstance(texts, str) else texts
+        self.texts = (texts,) if isinstance(texts, str) else tuple(texts)
         self._sentences = [
-            s for t in texts for s in sentences_of(t) if without is None or not without.search(s)
+            s
+            for t in self.texts
+            for s in sentences_of(t)
+            if without is None or not without.search(s)
         ]
         if not self._sentences:
             raise UserError(f"The filler has no sentence {kind}; give more text.")

@@ -93,7 +93,8 @@ class PasskeyTexts:
             the filler, the others anywhere.
         filler: sentences, or texts to cut sentences from. The default ones come again and again in
             their order; others from a random place on, as prose. Sentences with a number as long as a
-            key are left out, since they might tell another key.
+            key are left out, since they might tell another key. What `prose` made of them once may
+            serve several sources.
         filler_weight: how much a token that is not of an answer counts.
         asked: how many of the keys are asked for, one question behind the other. `where` and what is
             said of a sample are about the last of them.
@@ -119,7 +120,7 @@ class PasskeyTexts:
         digits: int = 5,
         keys: int = 1,
         where: str | float = "start",
-        filler: Sequence[str] = DEFAULT_SENTENCES,
+        filler: Sequence[str] | Haystack = DEFAULT_SENTENCES,
         filler_weight: float = 0.0,
         asked: int = 1,
         chat: bool = False,
@@ -142,11 +143,9 @@ class PasskeyTexts:
         self._beginning = list(start_tokens(tokenizer))
         if self.introduction:
             self._beginning += self._encoder.encode(self.introduction, first=True)
-        # A number as long as a key might tell another.
-        number = re.compile(rf"\d{{{digits}}}")
-        kind = f"without a number of {digits} digits"
-        self._filler = Haystack(self._encoder, filler, number, kind)
-        self._in_order = tuple([filler] if isinstance(filler, str) else filler) == DEFAULT_SENTENCES
+        if not isinstance(filler, Haystack):
+            filler = prose(tokenizer, filler, digits)
+        self._filler = filler
 
     @property
     def bare_length(self) -> int:
@@ -227,7 +226,7 @@ class PasskeyTexts:
 
     def _take(self, rng: random.Random, budget: int) -> list[list[int]]:
         """Sentences of `budget` tokens together; the last is cut if it must be."""
-        start = 0 if self._in_order else rng.randrange(len(self._filler))
+        start = 0 if self._filler.texts == DEFAULT_SENTENCES else rng.randrange(len(self._filler))
         return self._filler.take(start, budget)
 
     def _places(self, rng: random.Random, borders: list[int], asked: int) -> list[int]:
@@ -242,6 +241,12 @@ class PasskeyTexts:
             nearer = wanted - borders[left] < borders[right] - wanted
             places[asked] = left if nearer else right
         return places
+
+
+def prose(tokenizer: Any, texts: Sequence[str], digits: int = 5) -> Haystack:
+    """Sentences to hide keys of so many digits in: a number as long as a key might tell another."""
+    number = re.compile(rf"\d{{{digits}}}")
+    return Haystack(Encoder(tokenizer), texts, number, f"without a number of {digits} digits")
 
 
 def _told(name: str | None, key: str) -> Told:

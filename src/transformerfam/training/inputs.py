@@ -14,7 +14,9 @@ from typing import Any
 from transformerfam.data.examples import BadRow, Example, from_row, repeat_marker
 from transformerfam.data.facts import FactTexts
 from transformerfam.data.files import Rows, open_rows, plain_texts
+from transformerfam.data.haystack import Haystack
 from transformerfam.data.passkey import DEFAULT_SENTENCES, PasskeyTexts
+from transformerfam.data.passkey import prose as passkey_prose
 from transformerfam.data.rows import (
     FileSource,
     Mixture,
@@ -43,6 +45,20 @@ class PasskeySource:
         return self.texts.example(rng, of_step.choice(self.texts.lengths))
 
 
+class _Prose:
+    """What sources hide things in: the same texts are cut into sentences and tokenised once."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self._made: dict[tuple[str, int], Haystack] = {}
+
+    def of(self, path: str, digits: int) -> Haystack:
+        """The sentences of the texts at `path`, see `passkey.prose`."""
+        if (path, digits) not in self._made:
+            self._made[path, digits] = passkey_prose(self._tokenizer, _filler(path), digits)
+        return self._made[path, digits]
+
+
 def open_source(
     recipe: Recipe, tokenizer: Any, *, note: Callable[[str], None] | None = None
 ) -> Source:
@@ -56,8 +72,9 @@ def open_source(
     Raises:
         UserError: for data that cannot be used, with file and line.
     """
+    prose = _Prose(tokenizer)
     sources = [
-        (_source(settings, recipe, tokenizer, place, note), settings.share)
+        (_source(settings, recipe, tokenizer, place, note, prose), settings.share)
         for place, settings in enumerate(recipe.data.sources)
     ]
     if not sources:
@@ -130,6 +147,7 @@ def _source(
     tokenizer: Any,
     place: int,
     note: Callable[[str], None] | None,
+    prose: _Prose,
 ) -> Source:
     # Two sources of one kind are not to read the same.
     seed = recipe.run.seed * 1000 + place
@@ -149,7 +167,7 @@ def _source(
         digits=settings.digits,
         keys=settings.keys,
         where=settings.where,
-        filler=_filler(settings.filler),
+        filler=prose.of(settings.filler, settings.digits),
         filler_weight=settings.filler_weight,
         asked=settings.asked,
         chat=settings.chat,
