@@ -230,10 +230,16 @@ def test_sentences_are_tokenised_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_filler_may_count_too() -> None:
-    texts = PasskeyTexts(TOKENIZER, lengths=[400], filler_weight=0.25)
-    sample = texts.sample(random.Random(0))
-    assert set(sample.example.weights[: sample.answer.start]) == {0.25}
-    assert set(sample.example.weights[sample.answer]) == {1.0}
+    """All of it together as much as is said, however long the text."""
+    for length in (400, 4000):
+        texts = PasskeyTexts(
+            TOKENIZER, lengths=[length], keys=3, asked=2, filler_share=0.25, where="anywhere"
+        )
+        sample = texts.sample(random.Random(0))
+        assert set(sample.example.weights[sample.answer]) == {1.0}
+        answers = sum(w for w in sample.example.weights if w == 1.0)
+        assert sum(sample.example.weights) == pytest.approx(1.25 * answers)
+        assert len(set(sample.example.weights)) == 2
 
 
 # ---- lengths and draws

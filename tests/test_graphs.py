@@ -53,6 +53,19 @@ def test_gradients_and_losses_are_those_of_plain_steps(
             one.base.zero_grad()  # as the optimizer does: gradients are taken away
 
 
+def test_a_longer_step_is_another_recording(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(graphs, "recorded", on_the_cpu)
+    made = recipe("single")
+    plain, other = stepper(made), stepper(made)
+    ours = RecordedStepper(other.accelerator, other.model, other.base, made)
+    for longest, length in ((2 * B, 2 * B), (2 * B, 3 * B), (4 * B, B + 1), (4 * B, 4 * B)):
+        ours.longest = longest
+        ids = some_tokens(2, length + 1, seed=length)
+        expected = plain.run(0, [batch(ids)])
+        assert ours.run(0, [batch(ids)]) == pytest.approx(expected, rel=1e-5)
+        assert ours._recordings[2].length == max(longest, length if length > 2 * B else 0)
+
+
 def test_micro_batches_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(graphs, "recorded", on_the_cpu)
     made = recipe("single")
@@ -89,7 +102,7 @@ def test_once_recorded_nothing_comes_from_the_cpu(monkeypatch: pytest.MonkeyPatc
 
 
 def test_without_a_gpu_steps_are_plain() -> None:
-    made = Recipe.load(find("smollm2-memory-cpu-1"), ["run.cuda_graphs=true"])
+    made = Recipe.load(find("smollm2-memory"), ["run.cuda_graphs=true"])
     one = stepper(recipe())
     assert type(stepper_for(one.accelerator, one.model, one.base, made)) is Stepper
 
@@ -105,7 +118,7 @@ def test_without_a_gpu_steps_are_plain() -> None:
     ],
 )
 def test_what_makes_steps_differ_is_refused(changes: list[str], named: str) -> None:
-    recorded = ["run.cuda_graphs=true"]
-    Recipe.load(find("smollm2-memory-cpu-1"), recorded)
+    recorded = ["run.cuda_graphs=true", "data.begin_length=0"]
+    Recipe.load(find("smollm2-memory"), recorded)
     with pytest.raises(UserError, match=named):
-        Recipe.load(find("smollm2-memory-cpu-1"), [*recorded, *changes])
+        Recipe.load(find("smollm2-memory"), [*recorded, *changes])

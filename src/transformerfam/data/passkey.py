@@ -95,7 +95,8 @@ class PasskeyTexts:
             their order; others from a random place on, as prose. Sentences with a number as long as a
             key are left out, since they might tell another key. What `prose` made of them once may
             serve several sources.
-        filler_weight: how much a token that is not of an answer counts.
+        filler_share: how much all tokens that are not of an answer count, together, as a share of
+            what the answers do.
         asked: how many of the keys are asked for, one question behind the other. `where` and what is
             said of a sample are about the last of them.
         chat: questions are put in the model's chat template, as `fam read --ask` does, and each
@@ -121,7 +122,7 @@ class PasskeyTexts:
         keys: int = 1,
         where: str | float = "start",
         filler: Sequence[str] | Haystack = DEFAULT_SENTENCES,
-        filler_weight: float = 0.0,
+        filler_share: float = 0.0,
         asked: int = 1,
         chat: bool = False,
         seed: int = 0,
@@ -131,7 +132,7 @@ class PasskeyTexts:
         self.digits = digits
         self.keys = keys
         self.where = where
-        self.filler_weight = filler_weight
+        self.filler_share = filler_share
         self.asked = asked
         self._turns = Turns(tokenizer) if chat else None
         self.seed = seed
@@ -178,10 +179,13 @@ class PasskeyTexts:
             ids += sentences[border - 1] if border else []
             for key in _shuffled(rng, [k for k, place in enumerate(places) if place == border]):
                 ids += told[key]
-        weights = [self.filler_weight] * len(ids)
+        counted = sum(len(answer) for _, answer in questions)
+        others = len(ids) + sum(len(question) for question, _ in questions)
+        each = self.filler_share * counted / others
+        weights = [each] * len(ids)
         for question, answer in questions:
             ids += question + answer
-            weights += [self.filler_weight] * len(question) + [1.0] * len(answer)
+            weights += [each] * len(question) + [1.0] * len(answer)
         return PasskeySample(
             example=Example(tuple(ids), tuple(weights)),
             key=things[asked].key,

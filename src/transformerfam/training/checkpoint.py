@@ -32,6 +32,10 @@ from transformerfam.layer_memory import LayerMemory
 from transformerfam.memory import Memory
 from transformerfam.training.steps import Carried
 
+# A run that goes on may be longer or slower, but it trains the same thing on the same data.
+_FIXED_SECTIONS = ("model", "fam", "train", "data", "feedback")
+_FIXED_SETTINGS = (("run", "seed"), ("optimizer", "name"))
+
 _NAME = re.compile(r"step-(\d+)")
 _GATHER = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
 _SPREAD = StateDictOptions(full_state_dict=True, strict=False)
@@ -47,12 +51,14 @@ class Progress:
         rows: state of the reader of each row of the batch, of all processes.
         tokens: tokens read so far by all processes.
         seconds: time spent so far.
+        curriculum: its state.
     """
 
     step: int
     rows: list[dict[str, Any]]
     tokens: int
     seconds: float
+    curriculum: dict[str, Any]
 
 
 class Checkpoints:
@@ -112,6 +118,7 @@ class Checkpoints:
                 "rows": progress.rows,
                 "tokens": progress.tokens,
                 "seconds": progress.seconds,
+                "curriculum": progress.curriculum,
                 "optimizer": values,
                 "recipe": recipe,
             }
@@ -167,7 +174,8 @@ class Checkpoints:
             memories=self._memories(path, base),
             fams=tuple(fams[name].to(device) for name in sorted(fams)) or None,
         )
-        progress = Progress(state["step"], state["rows"], state["tokens"], state["seconds"])
+        done = (state[name] for name in ("step", "rows", "tokens", "seconds", "curriculum"))
+        progress = Progress(*done)
         return progress, carried
 
     def _memories(self, path: Path, base: Any) -> list[Memory]:
@@ -194,6 +202,19 @@ def recipe_of(path: Path) -> dict[str, Any]:
             f"The checkpoint {path} is damaged; remove it to go on from the one before."
         ) from None
     return recipe
+
+
+def changed_setting(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> str | None:
+    """A setting that must stay as the run was begun and has not; None: all have."""
+    # A setting that is not set is not there.
+    fixed = [(s, key) for s in _FIXED_SECTIONS for key in {**ours[s], **theirs[s]}]
+    fixed += _FIXED_SETTINGS
+    if ours["data"]["layout"] == "documents":
+        fixed.append(("run", "precision"))  # carried memories are of that type
+    for section, key in fixed:
+        if theirs[section].get(key) != ours[section].get(key):
+            return f"{section}.{key}"
+    return None
 
 
 def _checkpoints_in(folder: Path) -> list[Path]:

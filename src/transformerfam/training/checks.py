@@ -164,6 +164,7 @@ def _check_data(recipe: Recipe) -> None:
         not micro or rows % micro == 0,
         f"data.micro_batch_size={micro} does not divide data.batch_size={rows}.",
     )
+    _check_growth(recipe)
     if data.repeat_length:
         _refuse_unless(
             data.layout == "packed",
@@ -177,6 +178,23 @@ def _check_data(recipe: Recipe) -> None:
     _refuse_unless(
         not data.sources or any(source.share != 0 for source in data.sources),
         "Every share of data.sources is 0, so nothing would be read.",
+    )
+
+
+def _check_growth(recipe: Recipe) -> None:
+    data = recipe.data
+    _at_least(0, "data", data, ["begin_length"])
+    _probability("data", data, "grow_at")
+    if not data.begin_length:
+        return
+    _refuse_unless(
+        data.layout == "single" and not recipe.feedback.bptt_blocks,
+        'data.begin_length asks whether a text\'s answers are right; take data.layout="single" and '
+        "feedback.bptt_blocks=0.",
+    )
+    _refuse_unless(
+        any(source.kind != "files" for source in data.sources) or not data.sources,
+        "data.begin_length is for texts made as needed, and all data.sources are files; leave it out.",
     )
 
 
@@ -198,7 +216,7 @@ def _check_source(recipe: Recipe, source: SourceSettings, key: str) -> None:
         source.asked <= source.keys,
         f"{key}.asked={source.asked}, and there are {key}.keys={source.keys}; ask for fewer.",
     )
-    _at_least(0, key, source, ["filler_weight"])
+    _at_least(0, key, source, ["filler_share"])
     _place(f"{key}.where", source.where)
     _refuse_unless(
         1 <= len(source.lengths) <= 2,

@@ -2,7 +2,7 @@
 
 With small blocks a step is some ten thousand small kernels, and Python takes several times as long to
 start them as the GPU to run them. A recording starts them all at once. It is of one shape: every row
-is filled up to `data.length` tokens, and begins a stream.
+is filled up to the longest length that there may be, and begins a stream.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from transformerfam.call import keeping
 from transformerfam.memory import Memory
 from transformerfam.training.batches import Batch
 from transformerfam.training.cross_entropy import weighted_cross_entropy
+from transformerfam.training.curriculum import answers_right
 from transformerfam.training.recipe import Recipe
 from transformerfam.training.steps import Stepper
 
@@ -47,12 +48,15 @@ class RecordedStepper(Stepper):
     def _through(
         self, batch: Batch, memory: Memory, total: float, is_last: bool
     ) -> tuple[float, Memory]:
-        rows = len(batch.fresh)
+        rows, longest = len(batch.fresh), max(self.longest, batch.inputs.shape[1])
         self._give_gradients()
-        if rows not in self._recordings:
-            self._recordings[rows] = Recording(self.model, rows, self.recipe.data.length)
+        if rows not in self._recordings or self._recordings[rows].length < longest:
+            self._recordings.pop(rows, None)  # before there is room for another
+            self._recordings[rows] = Recording(self.model, rows, longest, self._counts_right)
             torch._foreach_zero_([gradient for _, gradient in self._gradients])
-        summed = self._recordings[rows].play(batch, 1 / total if total else 0.0)
+        summed, *right = self._recordings[rows].play(batch, 1 / total if total else 0.0)
+        if right:
+            self._count(torch.tensor(right))
         return summed, memory
 
     def _give_gradients(self) -> None:
@@ -70,36 +74,47 @@ class Recording:
     Args:
         model: in training mode, on a GPU, with a gradient at each trained parameter.
         rows, length: the shape.
+        counts_right: look whose answers are right.
     """
 
-    def __init__(self, model: Any, rows: int, length: int) -> None:
+    def __init__(self, model: Any, rows: int, length: int, counts_right: bool) -> None:
+        self.length = length
         self._model = model
+        self._counts_right = counts_right
         device = next(model.parameters()).device
         self._inputs = torch.zeros(rows, length, dtype=torch.long, device=device)
         self._targets = torch.zeros_like(self._inputs)
         self._weights = torch.zeros(rows, length, device=device)
         self._share = torch.zeros((), device=device)
         self._made: dict[Any, Any] = {}
-        self._summed, self._replay = recorded(self._run)
+        self._results, self._replay = recorded(self._run)
 
-    def play(self, batch: Batch, share: float) -> float:
-        """Add the gradients of `share` times the sum of weighted losses, in nats; return that sum."""
+    def play(self, batch: Batch, share: float) -> list[float]:
+        """Add the gradients of `share` times the sum of weighted losses, in nats.
+
+        Returns:
+            That sum, and where it is looked at the two numbers of `answers_right`.
+        """
         batch = batch.filled_up(self._inputs.shape[1])
         self._inputs.copy_(batch.inputs)
         self._targets.copy_(batch.targets)
         self._weights.copy_(batch.weights)
         self._share.fill_(share)
         self._replay()
-        return float(self._summed)
+        results: list[float] = self._results.tolist()
+        return results
 
     def _run(self) -> Tensor:
         with keeping(self._made):
             logits = self._model(input_ids=self._inputs, use_cache=False).logits
+        results = []
+        if self._counts_right:
+            results = [*answers_right(logits.detach(), self._targets, self._weights)]
         summed = weighted_cross_entropy(
             logits.flatten(0, 1), self._targets.flatten(), self._weights.flatten()
         )
         (summed * self._share).backward()
-        return summed.detach()
+        return torch.stack([summed.detach(), *(n.to(summed.dtype) for n in results)])
 
 
 def recorded(run: Callable[[], Tensor]) -> tuple[Tensor, Callable[[], None]]:

@@ -31,18 +31,31 @@ from transformerfam.training.recipe import Recipe
 from transformerfam.training.settings import SourceSettings
 
 
-@dataclass(frozen=True)
+@dataclass
 class PasskeySource:
-    """Texts of the same length in all rows of a step: a batch then needs no filling up."""
+    """Texts of the same length in all rows of a step: a batch then needs no filling up.
+
+    Attributes:
+        texts: makes them.
+        rows: of a step.
+        longest: none is longer, unless all lengths are; None: no limit.
+    """
 
     texts: PasskeyTexts
     rows: int
+    longest: int | None = None
 
     def draw(self, number: int) -> Example:
         """See `Source`."""
         of_step = random.Random(f"{self.texts.seed}/length/{number // self.rows}")
         rng = random.Random(f"{self.texts.seed}/passkey/{number}")
-        return self.texts.example(rng, of_step.choice(self.texts.lengths))
+        return self.texts.example(rng, of_step.choice(self._lengths()))
+
+    def _lengths(self) -> Sequence[int]:
+        if self.longest is None or max(self.texts.lengths) <= self.longest:
+            return self.texts.lengths
+        short = [n for n in self.texts.lengths if n <= self.longest]
+        return short or [min(self.texts.lengths)]
 
 
 class _Prose:
@@ -168,7 +181,7 @@ def _source(
         keys=settings.keys,
         where=settings.where,
         filler=prose.of(settings.filler, settings.digits),
-        filler_weight=settings.filler_weight,
+        filler_share=settings.filler_share,
         asked=settings.asked,
         chat=settings.chat,
         seed=seed,

@@ -91,8 +91,10 @@ class SourceSettings:
         "",
         "passkey, facts: file or folder of prose to fill up with; empty: five short sentences again",
     )
-    filler_weight: float = _setting(
-        0.0, "passkey, facts: weight of the tokens that are not the answer"
+    filler_share: float = _setting(
+        0.0,
+        "passkey, facts: weight of all tokens that are not of an answer, together, as a share of the "
+        "weight of the answers; about 0.3 keeps a model from forgetting how to read",
     )
 
 
@@ -113,6 +115,15 @@ class DataSettings:
     batch_size: int = _setting(128, "rows of a step, over all processes")
     micro_batch_size: int = _setting(
         0, "rows that one process computes at a time; 0: all of its rows"
+    )
+    begin_length: int = _setting(
+        0,
+        "texts made as needed are at most so long at first, and half as long again whenever their "
+        "answers are said right; 0: as long as their source says",
+    )
+    grow_at: float = _setting(
+        0.9,
+        "begin_length: the share of texts, of the newest 64, that must have all their answers right",
     )
     repeat_length: int = _setting(
         0, "packed: tokens of the repeat task (B.2), the paper's are 256; 0: none"

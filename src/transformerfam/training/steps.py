@@ -26,6 +26,7 @@ from transformerfam.extras import require
 from transformerfam.memory import Memory
 from transformerfam.training.batches import Batch
 from transformerfam.training.cross_entropy import weighted_cross_entropy
+from transformerfam.training.curriculum import answers_right
 from transformerfam.training.recipe import Recipe
 
 
@@ -50,6 +51,11 @@ class Stepper:
         model: what it has prepared, maybe wrapped.
         base: the TransformerFAM inside.
         recipe: settings.
+
+    Attributes:
+        longest: rows of the steps to come have mostly no more tokens.
+        right: of the last step, rows whose answers were all right, and rows with answers, of all
+            processes; counted where texts grow (`data.begin_length`).
     """
 
     def __init__(self, accelerator: Any, model: Any, base: Any, recipe: Recipe) -> None:
@@ -59,6 +65,9 @@ class Stepper:
         self.recipe = recipe
         self.feedback = recipe.feedback
         self.carried = Carried()
+        self.longest = recipe.data.length
+        self.right = 0, 0
+        self._counts_right = recipe.data.begin_length > 0
 
     def run(self, step: int, batches: Sequence[Batch]) -> float | None:
         """Add the gradients of the mean loss over all rows of all processes.
@@ -76,6 +85,7 @@ class Stepper:
         torch.manual_seed(self._seed(step))
         total = self._sum_over_processes(sum(float(b.weights.sum()) for b in batches))
         summed = torch.zeros((), dtype=torch.float64)
+        self.right = 0, 0
         memories: list[Memory] = []
         for i, batch in enumerate(batches):
             memory = self._begin(batch, i, step)
@@ -88,6 +98,8 @@ class Stepper:
             self.carried.memories = memories
         if self.feedback.state_passing:
             self.carried.fams = self._from_first_process(_fams_of_first_row(memories[0]))
+        right, texts = (round(self._sum_over_processes(n)) for n in self.right)
+        self.right = right, texts
         return self._sum_over_processes(float(summed)) / total if total else None
 
     # ---- what a step begins with
@@ -165,12 +177,18 @@ class Stepper:
             logits_to_keep=columns,
             **more,
         ).logits
+        if self._counts_right:
+            targets, weights = segment.targets[:, columns], segment.weights[:, columns]
+            self._count(answers_right(logits.detach(), targets, weights))
         summed = weighted_cross_entropy(
             logits.flatten(0, 1),
             segment.targets[:, columns].flatten(),
             segment.weights[:, columns].flatten(),
         )
         return summed, 0.0 if extra is None else (extra.total() * segment.weights.sum(1)).sum()
+
+    def _count(self, right: Tensor) -> None:
+        self.right = self.right[0] + int(right[0]), self.right[1] + int(right[1])
 
     def _auxiliary(self) -> FeedbackLosses | None:
         """What takes the auxiliary losses of a call; None if the recipe has none."""

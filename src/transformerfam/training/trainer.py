@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,8 @@ from transformerfam.extras import require
 from transformerfam.training import adaptation, places
 from transformerfam.training.batches import Batch
 from transformerfam.training.card import model_card
-from transformerfam.training.checkpoint import Checkpoints, Progress, recipe_of
+from transformerfam.training.checkpoint import Checkpoints, Progress, changed_setting, recipe_of
+from transformerfam.training.curriculum import Curriculum
 from transformerfam.training.graphs import stepper_for
 from transformerfam.training.inputs import open_probes, open_source, row_readers
 from transformerfam.training.journal import Journal
@@ -29,10 +30,6 @@ from transformerfam.training.optimizers import make_optimizer, rate_at
 from transformerfam.training.probes import Probe
 from transformerfam.training.recipe import Recipe
 from transformerfam.training.steps import bias_at
-
-# A run that goes on may be longer or slower, but it trains the same thing on the same data.
-_FIXED_SECTIONS = ("model", "fam", "train", "data", "feedback")
-_FIXED_SETTINGS = (("run", "seed"), ("optimizer", "name"))
 
 
 class TrainingStopped(UserError):
@@ -164,12 +161,13 @@ class Trainer:
         }
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
         self.stepper = stepper_for(self.accelerator, self.model, self.base, recipe)
+        self.curriculum = Curriculum(recipe, source)
         self.checkpoints = Checkpoints(
             (self.folder or Path()) / places.CHECKPOINTS,
             recipe.run.keep_checkpoints,
             self.accelerator,
         )
-        self.start = Progress(0, [], 0, 0.0)
+        self.start = Progress(0, [], 0, 0.0, {})
 
     # ---- the loop
 
@@ -206,7 +204,7 @@ class Trainer:
                 # That of the last step is written when all is measured.
                 due = due and step + 1 < run.steps
                 if self.folder is not None and (due or trained.interrupted):
-                    self._checkpoint(Progress(step + 1, self._rows(), tokens, seconds()))
+                    self._checkpoint(self._progress(step + 1, tokens, seconds()))
                 if trained.interrupted:
                     trained.model.eval()
                     return trained
@@ -226,6 +224,7 @@ class Trainer:
         rate = rate_at(step, self.recipe.optimizer, self.recipe.run.steps)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
+        self.stepper.longest = self.curriculum.longest
         loss = self.stepper.run(step, batches)
         norm = None
         if loss is not None:
@@ -243,6 +242,11 @@ class Trainer:
                 tokens=tokens,
                 seconds=time.monotonic() - began,
                 fam_bias=bias_at(step, self.recipe) if self._bias_rises else None,
+                longest=self.curriculum.longest if self.recipe.data.begin_length else None,
+            )
+        if self.curriculum.tell(*self.stepper.right):
+            kept.progress.note(
+                f"step {step + 1:,}   texts of up to {self.curriculum.longest:,} tokens"
             )
         return loss, tokens
 
@@ -321,7 +325,7 @@ class Trainer:
                 f"{self.folder} holds a run that can be gone on with: add --resume, or choose another "
                 "folder with --output."
             )
-        if (key := _changed_setting(self.recipe.to_dict(), recipe_of(latest))) is not None:
+        if (key := changed_setting(self.recipe.to_dict(), recipe_of(latest))) is not None:
             raise UserError(
                 f"The run in {self.folder} was begun with another {key}; a run can only go on as it "
                 "was begun. Choose another folder with --output."
@@ -330,11 +334,15 @@ class Trainer:
             latest, self.model, self.optimizer.optimizer, self.base
         )
         self.stepper.set_bias(max(0, self.start.step - 1))
+        self.curriculum.set_state(self.start.curriculum)
         # What may be changed on the way; the rate is set in every step.
         for group in self.optimizer.param_groups:
             group.update(self._optimizer_settings)
         for reader, state in zip(self.readers, self._own(self.start.rows), strict=True):
             reader.set_state(state)
+
+    def _progress(self, step: int, tokens: int, seconds: float) -> Progress:
+        return Progress(step, self._rows(), tokens, seconds, self.curriculum.state())
 
     def _checkpoint(self, progress: Progress) -> None:
         self.checkpoints.save(
@@ -350,7 +358,7 @@ class Trainer:
         if self.folder is None:
             return
         if self.start.step < trained.steps and self.recipe.run.checkpoint_every:
-            self._checkpoint(Progress(trained.steps, self._rows(), tokens, seconds))
+            self._checkpoint(self._progress(trained.steps, tokens, seconds))
         left = round(self._sum(left_out(self.source, self.readers)[0]))
         state = None
         if self.accelerator.num_processes > 1:
@@ -398,19 +406,6 @@ class Trainer:
 
     def _any_process(self, flag: bool) -> bool:
         return self._sum(float(flag)) > 0
-
-
-def _changed_setting(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> str | None:
-    """A setting that must stay as the run was begun and has not; None: all have."""
-    # A setting that is not set is not there.
-    fixed = [(s, key) for s in _FIXED_SECTIONS for key in {**ours[s], **theirs[s]}]
-    fixed += _FIXED_SETTINGS
-    if ours["data"]["layout"] == "documents":
-        fixed.append(("run", "precision"))  # carried memories are of that type
-    for section, key in fixed:
-        if theirs[section].get(key) != ours[section].get(key):
-            return f"{section}.{key}"
-    return None
 
 
 def _checkpoint_activations(base: Any) -> None:
