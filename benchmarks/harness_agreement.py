@@ -21,13 +21,18 @@ from lm_eval import simple_evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
-from transformerfam.commands.demo import language_reference
 from transformerfam.embedded import embedded_folder
 from transformerfam.harness import StreamingLM
 from transformerfam.report import table
+from transformerfam.text import language_reference
 
 PASSAGE = 2000  # characters
-GEOMETRY = {"fam_length": 0, "sink_tokens": 0, "block_size": 128, "memory_segments": 15}
+GEOMETRY: dict[str, Any] = {
+    "fam_length": 0,
+    "sink_tokens": 0,
+    "block_size": 128,
+    "memory_segments": 15,
+}
 
 _CHOOSE = {
     "output_type": "multiple_choice",

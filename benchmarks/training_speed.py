@@ -45,7 +45,7 @@ def trainable(model: Any, checkpointing: bool) -> Any:
     config = peft.LoraConfig(r=16, target_modules="all-linear", modules_to_save=saved)
     adapted = peft.get_peft_model(model, config).train()
     if checkpointing:
-        base = adapted.get_base_model()
+        base: Any = adapted.get_base_model()
         base.activation_checkpointing_enable()
         base.enable_input_require_grads()
     return adapted

@@ -9,6 +9,7 @@ from typing import Any, cast
 import pytest
 import test_trainer as trainer_tests
 import torch
+from families import VOCABULARY
 from test_graphs import on_the_cpu
 from test_text import TOKENIZERS
 
@@ -133,7 +134,7 @@ class Texts:
     seed = 0
 
     def example(self, rng: random.Random, length: int) -> Example:
-        ids = tuple(rng.randrange(3, trainer_tests.VOCABULARY) for _ in range(length))
+        ids = tuple(rng.randrange(3, VOCABULARY) for _ in range(length))
         return Example(ids, (0.1,) * (length - 1) + (1.0,))
 
 

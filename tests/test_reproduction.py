@@ -400,8 +400,9 @@ def test_what_cannot_be_done_is_refused(
 def data(tmp_path: Path) -> Path:
     """A folder of a little of everything."""
     folder = tmp_path / "data"
-    for name in ("books", "tasks", "longqa"):
+    for name in ("books", "proofs", "tasks", "longqa"):
         (folder / name).mkdir(parents=True)
+    (folder / "proofs" / "easy.ml").write_text("let TRIVIAL = prove(`T`,REWRITE_TAC[]);;\n" * 40)
     (folder / "books" / "one.txt").write_text("It was a day like any other day by the sea. " * 40)
     row = {"query": "Which is red?", "choices": ["a rose", "the sea"], "gold": 0}
     (folder / "tasks" / "piqa.jsonl").write_text(json.dumps(row) + "\n")
@@ -434,7 +435,8 @@ def test_real_data_makes_one_page_and_is_not_asked_twice(
     for heading in results.GROUPS:
         assert f"## {heading}" in text
     assert "| task | metric | model | bswa | sinks | full |" in text
-    assert "| passkey 160 | exact |" in text and "documents books" in text
+    for named in ("| passkey 160 | exact |", "documents books", "documents proofs"):
+        assert named in text
     assert str(tmp_path) not in text  # where the data lies says nothing
     answered = (tmp_path / "out" / "answers" / "results-000.jsonl").read_text()
     assert cli.main(argv) == 0

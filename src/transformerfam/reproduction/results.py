@@ -84,7 +84,8 @@ def documents(data: Path, tokenizer: Any, sizes: Sizes) -> list[Case]:
             Wanted(
                 tokenizer,
                 samples=sizes.documents,
-                data={"documents": str(data / name)},
+                # Whatever they are called: proofs are programs.
+                data={"documents": str(data / name / "*")},
                 most_tokens=sizes.most_tokens,
             )
         )
