@@ -68,6 +68,13 @@ def test_every_source_of_a_mixture_obeys_and_a_text_is_never_shorter_than_its_so
     assert set(drawn(long)) == {500}
 
 
+def test_it_begins_no_shorter_than_its_sources_and_always_grows() -> None:
+    assert Curriculum(recipe(begin_length=1), source(300, 1000)).longest == 300
+    one = Curriculum(recipe(begin_length=1), cast(Any, source(1, 4)))
+    seen = [one.longest for _ in range(200) if one.tell(4, 4)]
+    assert seen == [2, 3, 4]
+
+
 def test_without_a_beginning_nothing_grows() -> None:
     texts = source(300, 1000)
     growth = Curriculum(recipe(begin_length=0), texts)
@@ -112,10 +119,11 @@ def test_rows_are_right_when_all_that_counts_fully_is() -> None:
                 "data": {
                     "begin_length": 400,
                     "layout": "single",
-                    "sources": [{"kind": "files", "path": "a.jsonl"}],
+                    "length": 20000,
+                    "sources": [{"kind": "files", "path": "a.jsonl"}, {"kind": "passkey"}],
                 }
             },
-            "all data.sources are files",
+            "some of data.sources are files",
         ),
     ],
 )

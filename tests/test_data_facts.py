@@ -11,6 +11,9 @@ from test_data_passkey import shown
 from test_text import TOKENIZERS
 from test_turns import CHATML
 
+from transformerfam.data.facts import _PEOPLE as PEOPLE
+from transformerfam.data.facts import _SUBJECTS as SUBJECTS
+from transformerfam.data.facts import _THINGS as THINGS
 from transformerfam.data.facts import KINDS, MOST, FactTexts
 from transformerfam.errors import UserError
 from transformerfam.turns import Turns
@@ -27,11 +30,13 @@ def pattern(sentence: str) -> re.Pattern[str]:
 @pytest.mark.parametrize("number", range(8))
 def test_every_fact_is_told_once_and_the_key_ends_the_text(number: int) -> None:
     texts = FactTexts(TOKENIZER, lengths=[700], keys=3, where="anywhere")
-    sample = texts.sample(random.Random(number))
+    sample = texts.sample(random.Random(number), 700)
     text = shown(sample.example.ids)
     assert len(sample.example.ids) == 700
-    told = [kind for kind in KINDS for _ in pattern(kind.told).findall(text)]
-    assert len(told) >= 3
+    for thing in texts._things(random.Random(number)):
+        assert text.count(f" {thing.sentence}") == 1
+    told = [kind for kind in KINDS if pattern(kind.told).search(text)]
+    assert told
     assert text.endswith(f" {sample.key}")
     before, _, _ = text.rpartition(f" {sample.key}")
     assert sample.key in before, "the key was told"
@@ -43,8 +48,10 @@ def test_questions_of_one_text_have_one_answer() -> None:
     """No two facts of a text share a person or a thing."""
     texts = FactTexts(TOKENIZER, lengths=[900], keys=MOST)
     for number in range(200):
-        things = texts._things(random.Random(number))
-        assert len({thing.question for thing in things}) == MOST
+        told = [thing.sentence.lower() for thing in texts._things(random.Random(number))]
+        for name in (*PEOPLE, *THINGS, *SUBJECTS):
+            alone = re.compile(rf"\b{name.lower()}\b")
+            assert sum(bool(alone.search(sentence)) for sentence in told) <= 1, name
 
 
 def test_questions_in_the_chat_template_are_one_conversation() -> None:
@@ -83,6 +90,15 @@ def test_texts_are_functions_of_seed_and_number() -> None:
     assert one.draw(5) == two.draw(5) != one.draw(6)
 
 
-def test_too_many_facts_are_refused() -> None:
-    with pytest.raises(UserError, match=f"1 to {MOST} facts"):
-        FactTexts(TOKENIZER, lengths=[900], keys=MOST + 1)
+@pytest.mark.parametrize("keys", [0, MOST + 1, 40])
+def test_too_many_facts_are_refused(keys: int) -> None:
+    with pytest.raises(UserError, match=f"1 to {MOST} facts, not {keys}"):
+        FactTexts(TOKENIZER, lengths=[900], keys=keys)
+
+
+@pytest.mark.parametrize("keys", [1, 3])
+def test_texts_of_the_bare_length_are_of_that_length(keys: int) -> None:
+    bare = FactTexts(TOKENIZER, lengths=[900], keys=keys).bare_length
+    texts = FactTexts(TOKENIZER, lengths=[bare], keys=keys)
+    lengths = [len(texts.draw(n).ids) for n in range(200)]
+    assert lengths.count(bare) >= 196 and max(lengths) <= bare + 20

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import re
 from collections import Counter
+from collections.abc import Sequence
 from copy import deepcopy
 from typing import Any
 
@@ -217,16 +218,24 @@ def test_sentences_are_tokenised_once(monkeypatch: pytest.MonkeyPatch) -> None:
     texts = PasskeyTexts(TOKENIZER, lengths=[3000])
     texts.draw(0)
     calls: list[str] = []
-    encode = Encoder.encode
+    encode, encode_all = Encoder.encode, Encoder.encode_all
 
     def counting(self: Any, piece: str, *, first: bool) -> list[int]:
         calls.append(piece)
         return encode(self, piece, first=first)
 
+    def counting_all(self: Any, pieces: Sequence[str]) -> list[list[int]]:
+        calls.extend(pieces)
+        return encode_all(self, pieces)
+
     monkeypatch.setattr(Encoder, "encode", counting)
+    monkeypatch.setattr(Encoder, "encode_all", counting_all)
     texts.draw(1)
     assert calls
     assert all("pass key" in call for call in calls)
+    calls.clear()
+    PasskeyTexts(TOKENIZER, lengths=[3000]).draw(0)
+    assert not all("pass key" in call for call in calls), "new texts tokenise their own"
 
 
 def test_filler_may_count_too() -> None:

@@ -10,8 +10,9 @@ import torch
 from families import some_tokens
 from test_steps import B, assert_same, batch, recipe, stepper
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from transformerfam.call import Call
+from transformerfam.call import Call, keeping
 from transformerfam.errors import UserError
 from transformerfam.training import graphs
 from transformerfam.training.graphs import RecordedStepper, stepper_for
@@ -101,6 +102,65 @@ def test_once_recorded_nothing_comes_from_the_cpu(monkeypatch: pytest.MonkeyPatc
     ours.run(1, [batch(ids)])
 
 
+def test_a_recording_in_a_later_step_takes_no_gradients_away(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(graphs, "recorded", on_the_cpu)
+    made = recipe("single")
+    plain, other = stepper(made), stepper(made)
+    ours = RecordedStepper(other.accelerator, other.model, other.base, made)
+    ours.longest = 2 * B
+    short, long = some_tokens(2, 2 * B + 1), some_tokens(2, 4 * B + 1, seed=1)
+    for batches in ([short], [short, long]):  # gradients of both steps add up
+        for one in (plain, ours):
+            one.run(0, [batch(ids) for ids in batches])
+    grads = [
+        {n: p.grad for n, p in s.base.named_parameters() if p.grad is not None}
+        for s in (ours, plain)
+    ]
+    assert_same(*grads)
+
+
+class Lifted(TorchDispatchMode):
+    """Notes tensors that are made of Python's numbers: on a GPU each is a copy from the CPU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func is torch.ops.aten.lift_fresh.default
+        return func(*args, **(kwargs or {}))
+
+
+GEOMETRIES: dict[str, dict[str, Any]] = {
+    "default": {},
+    "norm of each slot": {"feedback_norm": (1.0, 2.0, 3.0)},
+    "rms": {"feedback_norm": "rms"},
+    "prefix": {"fam_start": "prefix"},
+    "static": {"fam_query": "static"},
+    "several": {"previous_fams": 2},
+    "float": {"fam_position": "float"},
+    "windows": {"fam_length": 0},
+    "full": {"attention": "full", "fam_length": 0},
+    "swa": {"attention": "swa"},
+    "output": {"fam_length": 0, "memory_source": "output"},
+    "compressive": {"fam_length": 0, "compressive_memory": "delta"},
+}
+
+
+@pytest.mark.parametrize("name", sorted(GEOMETRIES))
+def test_a_played_step_makes_no_tensor_of_numbers(name: str) -> None:
+    made = recipe("single", fam=GEOMETRIES[name])
+    one = stepper(made)
+    ids, kept = some_tokens(2, 4 * B), dict[Any, Any]()
+    with keeping(kept):
+        one.model(input_ids=ids, use_cache=False)
+        with Lifted() as lifted:
+            one.model(input_ids=ids, use_cache=False)
+    assert kept and lifted.count == 0
+
+
 def test_without_a_gpu_steps_are_plain() -> None:
     made = Recipe.load(find("smollm2-memory"), ["run.cuda_graphs=true"])
     one = stepper(recipe())
@@ -110,11 +170,12 @@ def test_without_a_gpu_steps_are_plain() -> None:
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        (["run.activation_checkpointing=true"], "run.activation_checkpointing=true makes"),
-        (["feedback.state_passing=0.5"], "feedback.state_passing makes"),
-        (["feedback.bptt_blocks=4", "train.dropout=0.1"], "bptt_blocks, train.dropout make"),
+        (["run.activation_checkpointing=true"], "run.activation_checkpointing=true; leave"),
+        (["feedback.state_passing=0.5"], "feedback.state_passing; leave"),
+        (["feedback.bptt_blocks=4", "train.dropout=0.1"], "bptt_blocks, train.dropout; leave"),
         (["data.layout=documents"], "documents"),
-        (["feedback.bias_steps=5"], "bias_steps makes"),
+        (["fam.recurrence=rmt", "fam.feedback_norm=none", "fam.feedback_rms=1.0"], "recurrence"),
+        (["feedback.bias_steps=5"], "bias_steps; leave"),
     ],
 )
 def test_what_makes_steps_differ_is_refused(changes: list[str], named: str) -> None:

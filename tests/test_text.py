@@ -22,7 +22,7 @@ from transformerfam import models
 from transformerfam import text as text_module
 from transformerfam.embedded import embedded_file
 from transformerfam.errors import UserError
-from transformerfam.text import Decoder, TextSource, TokenIds, pieces, start_tokens
+from transformerfam.text import Decoder, Encoder, TextSource, TokenIds, pieces, start_tokens
 
 # The pre-tokeniser of Llama 3 and, but for the digits, of GPT-4 and Qwen.
 LLAMA3 = (
@@ -286,3 +286,13 @@ def test_a_pipe_is_read_as_it_comes() -> None:
         os.write(write_end, b"second")
         os.close(write_end)
         assert list(texts) == ["second"]
+
+
+PIECES = [" a day", "\n\nIt rains", "now", " 12345", "…", " ünï cödé", "\t", " 。次", "a" * 300]
+
+
+@pytest.mark.parametrize("name", sorted(TOKENIZERS))
+def test_many_pieces_at_once_are_each_by_itself(name: str) -> None:
+    encoder = Encoder(TOKENIZERS[name])
+    assert encoder.encode_all(PIECES) == [encoder.encode(piece, first=False) for piece in PIECES]
+    assert encoder.encode_all([]) == []

@@ -74,7 +74,7 @@ class TokenPass:
         fam = fam.expand(self.plan.rows, -1, -1)
         newest = fam_keys(self.call, self.layer, self.reenter, fam, block=0)
         B, N = self.config.block_size, self.config.fam_length
-        rows = torch.tensor(self.call.beginning, device=fam.device)
+        rows = self.call.index("beginning", lambda: torch.tensor(self.call.beginning), fam)
 
         def chosen(begun: Tensor, old: Tensor) -> Tensor:
             return torch.where(rows.view(-1, *(1,) * (old.dim() - 1)), begun, old)

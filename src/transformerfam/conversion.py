@@ -140,18 +140,21 @@ def _same_in_pieces(model: PreTrainedModel) -> bool:
     """Whether reading in pieces is the same as reading at once.
 
     A random prompt may be one that a model blows up, and roundings with it: what is not the same in
-    half precision is looked at again in float32, from which weights come back unchanged.
+    half precision is looked at again in float32, and all tensors are then put back as they were.
     """
     if _alike(_rehearse(model, (4, 1, 3)), _rehearse(model)):
         return True
     dtype = model.get_input_embeddings().weight.dtype
     if dtype not in (torch.float16, torch.bfloat16) or getattr(model, "is_quantized", False):
         return False
-    model.float()
+    kept = [(tensor, tensor.data) for tensor in (*model.parameters(), *model.buffers())]
     try:
+        for tensor, data in kept:
+            tensor.data = data.float() if data.is_floating_point() else data
         return _alike(_rehearse(model, (4, 1, 3)), _rehearse(model))
     finally:
-        model.to(dtype)
+        for tensor, data in kept:
+            tensor.data = data
 
 
 def _alike(a: Tensor, b: Tensor) -> bool:

@@ -158,7 +158,10 @@ class Recurrence:
         if norm == "rms":
             return (wide * (self.config.feedback_rms / rms)).to(fam.dtype)
         if isinstance(norm, tuple):
-            caps = torch.as_tensor(norm, dtype=wide.dtype, device=fam.device).reshape(-1, 1)
+            caps = self.call.once(
+                ("caps", fam.device, wide.dtype),
+                lambda: torch.as_tensor(norm, dtype=wide.dtype, device=fam.device).reshape(-1, 1),
+            )
             return (wide * (caps / rms).clamp(max=1.0)).to(fam.dtype)
         return (wide * (float(norm) / rms).clamp(max=1.0)).to(fam.dtype)
 

@@ -53,7 +53,7 @@ _ANIMALS = (
     *("pony", "canary", "ferret", "goose", "lizard"),
 )
 _WORDS = (
-    *("marigold", "thunder", "cinnamon", "harbour", "velvet", "granite", "sparrow", "lantern"),
+    *("marigold", "thunder", "cinnamon", "timber", "velvet", "granite", "sparrow", "cobalt"),
     *("copper", "meadow", "saffron", "glacier", "walnut", "ember", "orchid", "pepper", "juniper"),
 )
 _DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
@@ -182,6 +182,7 @@ _POOLS: dict[str, tuple[str, ...]] = {
 }
 _NUMBERS = {"amount": (12, 980), "code": (1000, 9999), "hour": (1, 12), "number": (1, 28)}
 MOST = min(len(_PEOPLE) // 2, len(_THINGS), len(_SUBJECTS))  # whatever their kinds are
+_DRAWS = 300
 _SLOT = re.compile(r"{(\w+)}")
 
 
@@ -194,7 +195,8 @@ class FactTexts(PasskeyTexts):
 
     Args:
         tokenizer: a tokenizer of transformers.
-        options: as in `PasskeyTexts`; `keys` and `asked` count facts, at most MOST.
+        keys: how many facts there are, at most MOST.
+        options: as in `PasskeyTexts`; `asked` counts facts.
 
     Raises:
         UserError: no text can be made like this.
@@ -202,10 +204,16 @@ class FactTexts(PasskeyTexts):
 
     introduction = ""
 
-    def __init__(self, tokenizer: Any, **options: Any) -> None:
-        super().__init__(tokenizer, **options)
-        if self.keys > MOST:
-            raise UserError(f"A text has 1 to {MOST} facts, not {self.keys}.")
+    def __init__(self, tokenizer: Any, *, keys: int = 1, **options: Any) -> None:
+        if not 1 <= keys <= MOST:
+            raise UserError(f"A text has 1 to {MOST} facts, not {keys}.")
+        super().__init__(tokenizer, keys=keys, **options)
+
+    @property
+    def bare_length(self) -> int:
+        """Tokens of the longest of some hundred texts without filler: facts are of many lengths."""
+        draws = (self.sample(random.Random(number), 0) for number in range(_DRAWS))
+        return max(len(sample.example.ids) for sample in draws)
 
     def _things(self, rng: random.Random) -> list[Told]:
         people, things, subjects = (

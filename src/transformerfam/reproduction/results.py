@@ -9,6 +9,7 @@ given, so that what was stopped goes on.
 
 from __future__ import annotations
 
+import glob
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,16 +77,17 @@ def hidden(data: Path, tokenizer: Any, sizes: Sizes) -> list[Case]:
 
 def documents(data: Path, tokenizer: Any, sizes: Sizes) -> list[Case]:
     """Whole books and formal proofs, by place."""
+    # Proofs are programs, whatever their files are called.
+    proofs = f"{glob.escape(str(data / 'proofs'))}/*"
     return [
         case
-        for name in ("books", "proofs")
+        for name, path in (("books", str(data / "books")), ("proofs", proofs))
         if (data / name).is_dir()
         for case in TASKS["documents"].cases(
             Wanted(
                 tokenizer,
                 samples=sizes.documents,
-                # Whatever they are called: proofs are programs.
-                data={"documents": str(data / name / "*")},
+                data={"documents": path},
                 most_tokens=sizes.most_tokens,
             )
         )

@@ -153,7 +153,9 @@ def _loading(recipe: Recipe) -> str:
 
 
 def _training(recipe: Recipe, facts: Mapping[str, Any]) -> str:
-    rows = [("data", "<br>".join(map(_source, recipe.data.sources)) or "not of the recipe")]
+    longest = facts.get("longest", recipe.data.length)
+    sources = "<br>".join(_source(source, longest) for source in recipe.data.sources)
+    rows = [("data", sources or "not of the recipe")]
     rows.append(("steps", f"{facts.get('steps', recipe.run.steps):,}"))
     rows.append(("rows of a step", f"{recipe.data.batch_size:,}"))
     if "tokens" in facts:
@@ -170,9 +172,10 @@ def _training(recipe: Recipe, facts: Mapping[str, Any]) -> str:
     return "## Training\n\n" + report.markdown_table(("", ""), rows) + "\n"
 
 
-def _source(source: SourceSettings) -> str:
+def _source(source: SourceSettings, longest: int) -> str:
+    """A source, whose texts came to `longest` tokens at most if they are made as needed."""
     if source.kind != "files":
-        shortest, longest = source.lengths[0], source.lengths[-1]
+        shortest, longest = source.lengths[0], min(longest, source.lengths[-1])
         kind = {"passkey": "PassKey texts", "facts": "texts with facts"}[source.kind]
         what = f"{kind} of {shortest:,} to {longest:,} tokens"
     else:

@@ -30,6 +30,7 @@ from transformerfam.errors import UserError
 from transformerfam.files import sync_folder
 from transformerfam.layer_memory import LayerMemory
 from transformerfam.memory import Memory
+from transformerfam.training.recipe import Recipe
 from transformerfam.training.steps import Carried
 
 # A run that goes on may be longer or slower, but it trains the same thing on the same data.
@@ -174,8 +175,8 @@ class Checkpoints:
             memories=self._memories(path, base),
             fams=tuple(fams[name].to(device) for name in sorted(fams)) or None,
         )
-        done = (state[name] for name in ("step", "rows", "tokens", "seconds", "curriculum"))
-        progress = Progress(*done)
+        step, rows, tokens, seconds = (state[n] for n in ("step", "rows", "tokens", "seconds"))
+        progress = Progress(step, rows, tokens, seconds, state.get("curriculum", {}))
         return progress, carried
 
     def _memories(self, path: Path, base: Any) -> list[Memory]:
@@ -206,13 +207,15 @@ def recipe_of(path: Path) -> dict[str, Any]:
 
 def changed_setting(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> str | None:
     """A setting that must stay as the run was begun and has not; None: all have."""
-    # A setting that is not set is not there.
+    # A setting that is not set is not there, and one that is newer than a checkpoint was not set.
     fixed = [(s, key) for s in _FIXED_SECTIONS for key in {**ours[s], **theirs[s]}]
+    defaults = Recipe().to_dict()
     fixed += _FIXED_SETTINGS
     if ours["data"]["layout"] == "documents":
         fixed.append(("run", "precision"))  # carried memories are of that type
     for section, key in fixed:
-        if theirs[section].get(key) != ours[section].get(key):
+        default = defaults[section].get(key)
+        if theirs[section].get(key, default) != ours[section].get(key, default):
             return f"{section}.{key}"
     return None
 

@@ -193,8 +193,9 @@ def _check_growth(recipe: Recipe) -> None:
         "feedback.bptt_blocks=0.",
     )
     _refuse_unless(
-        any(source.kind != "files" for source in data.sources) or not data.sources,
-        "data.begin_length is for texts made as needed, and all data.sources are files; leave it out.",
+        all(source.kind != "files" for source in data.sources if source.share),
+        "data.begin_length is for texts made as needed alone, and some of data.sources are files; leave "
+        "one or the other out.",
     )
 
 
@@ -324,12 +325,13 @@ def _check_recording(recipe: Recipe) -> None:
         "feedback.diversity_weight": feedback.diversity_weight,
         "feedback.reconstruction_weight": feedback.reconstruction_weight,
         "train.dropout": recipe.train.dropout,
+        f'fam.recurrence="{recipe.fam.recurrence}"': recipe.fam.through_stack,
     }
     found = [name for name, is_set in wrong.items() if is_set]
     _refuse_unless(
         not found,
-        f"run.cuda_graphs plays the same step again and again, and {', '.join(found)} "
-        f"{'makes' if len(found) == 1 else 'make'} steps differ; leave one or the other out.",
+        f"run.cuda_graphs plays the same step again and again, which does not go with "
+        f"{', '.join(found)}; leave one or the other out.",
     )
 
 

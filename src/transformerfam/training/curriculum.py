@@ -39,11 +39,12 @@ class Curriculum:
         self._grows = recipe.data.begin_length > 0
         sources: Sequence[Source] = source.sources if isinstance(source, Mixture) else [source]
         self._made = [s for s in sources if isinstance(s, PasskeySource)]
-        self._limit = max((max(s.texts.lengths) for s in self._made), default=0)
+        self._limit = max((max(s.texts.lengths) for s in self._made), default=recipe.data.length)
         self._right: deque[tuple[int, int]] = deque()
         self.longest = recipe.data.length
         if self._grows:
-            self._set(recipe.data.begin_length)
+            shortest = min((min(s.texts.lengths) for s in self._made), default=0)
+            self._set(max(recipe.data.begin_length, shortest))
 
     def state(self) -> dict[str, Any]:
         """Where it stands, fit for JSON."""
@@ -51,7 +52,7 @@ class Curriculum:
 
     def set_state(self, state: dict[str, Any]) -> None:
         """Go on from a state of a curriculum that was made in the same way."""
-        if self._grows:
+        if self._grows and state:
             self._set(state["longest"])
             self._right.extend((right, texts) for right, texts in state["right"])
 
@@ -68,7 +69,7 @@ class Curriculum:
             and sum(r for r, _ in self._right) >= self._grow_at * seen
         )
         if grows:
-            self._set(int(self.longest * _LONGER))
+            self._set(max(self.longest + 1, int(self.longest * _LONGER)))
         return grows
 
     def _set(self, longest: int) -> None:
@@ -80,13 +81,13 @@ class Curriculum:
 
 
 def answers_right(logits: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
-    """(2,): how many rows say all that counts fully (weight 1) right, and how many have such tokens.
+    """(2,): how many rows say all of their answers (weight 1) right, and how many have any.
 
     Args:
         logits: (R, T, V).
         targets, weights: (R, T).
     """
-    counts = weights >= 1
+    counts = weights == 1
     right = ((logits.argmax(-1) == targets) | ~counts).all(1)
     has_answer = counts.any(1)
     return torch.stack([(right & has_answer).sum(), has_answer.sum()])

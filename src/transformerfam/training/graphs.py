@@ -7,7 +7,7 @@ is filled up to the longest length that there may be, and begins a stream.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -34,8 +34,8 @@ def stepper_for(accelerator: Any, model: Any, base: Any, recipe: Recipe) -> Step
 class RecordedStepper(Stepper):
     """Forward and backward of steps, recorded; what comes of them is the same as of a `Stepper`.
 
-    Args: see `Stepper`. The accelerator's device must be a GPU, and the recipe one that
-    `checks.check_recording` lets through.
+    Args: see `Stepper`. The accelerator's device must be a GPU, and the recipe one that may say
+    `run.cuda_graphs`.
     """
 
     def __init__(self, accelerator: Any, model: Any, base: Any, recipe: Recipe) -> None:
@@ -45,16 +45,28 @@ class RecordedStepper(Stepper):
         # A recording adds to the gradients that were there when it was made.
         self._gradients = [(p, torch.zeros_like(p)) for p in trained]
 
+    def run(self, step: int, batches: Sequence[Batch]) -> float | None:
+        """See `Stepper`."""
+        longest = max(self.longest, *(batch.inputs.shape[1] for batch in batches))
+        for rows in {len(batch.fresh) for batch in batches}:
+            if rows not in self._recordings or self._recordings[rows].length < longest:
+                self._record(rows, longest)
+        return super().run(step, batches)
+
+    def _record(self, rows: int, length: int) -> None:
+        """A new recording, which leaves no gradients behind."""
+        self._recordings.pop(rows, None)  # before there is room for another
+        self._give_gradients()
+        before = [gradient.clone() for _, gradient in self._gradients]
+        self._recordings[rows] = Recording(self.model, rows, length, self._counts_right)
+        torch._foreach_copy_([gradient for _, gradient in self._gradients], before)
+
     def _through(
         self, batch: Batch, memory: Memory, total: float, is_last: bool
     ) -> tuple[float, Memory]:
-        rows, longest = len(batch.fresh), max(self.longest, batch.inputs.shape[1])
         self._give_gradients()
-        if rows not in self._recordings or self._recordings[rows].length < longest:
-            self._recordings.pop(rows, None)  # before there is room for another
-            self._recordings[rows] = Recording(self.model, rows, longest, self._counts_right)
-            torch._foreach_zero_([gradient for _, gradient in self._gradients])
-        summed, *right = self._recordings[rows].play(batch, 1 / total if total else 0.0)
+        played = self._recordings[len(batch.fresh)]
+        summed, *right = played.play(batch, 1 / total if total else 0.0)
         if right:
             self._count(torch.tensor(right))
         return summed, memory

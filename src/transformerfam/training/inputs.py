@@ -194,7 +194,7 @@ def _check_room(texts: PasskeyTexts, key: str) -> None:
     """Texts that are longer than they are called would be measured under a wrong name."""
     if min(texts.lengths) < texts.bare_length:
         raise UserError(
-            f"{key} has {min(texts.lengths):,}, but such a PassKey text takes {texts.bare_length:,} "
+            f"{key} has {min(texts.lengths):,}, but such a text takes {texts.bare_length:,} "
             "tokens without any filler."
         )
 

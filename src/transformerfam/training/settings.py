@@ -118,7 +118,7 @@ class DataSettings:
     )
     begin_length: int = _setting(
         0,
-        "texts made as needed are at most so long at first, and half as long again whenever their "
+        "texts made as needed are as short as this at first, and half as long again whenever their "
         "answers are said right; 0: as long as their source says",
     )
     grow_at: float = _setting(

@@ -127,7 +127,7 @@ class Stepper:
 
     def _cast_once(self) -> AbstractContextManager[Any]:
         """Under autocast PEFT need not widen what LoRA reads: it would only be narrowed again."""
-        if self.recipe.run.precision == "fp32":
+        if self.recipe.run.precision == "fp32" or self._sharded:  # FSDP has no autocast
             return nullcontext()
         helpers = require("peft.helpers", "train")
         context: AbstractContextManager[Any] = helpers.disable_input_dtype_casting(self.model)

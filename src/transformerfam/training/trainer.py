@@ -370,6 +370,7 @@ class Trainer:
                 "steps": trained.steps,
                 "processes": self.accelerator.num_processes,
                 "left_out": left,
+                "longest": self.curriculum.longest,
             }
             card = model_card(self.recipe, trained.results, facts)
             config = self.base.fam_config
