@@ -191,8 +191,7 @@ def _dry_run(recipe: Recipe) -> int:
 
 def _described(source: SourceSettings) -> str:
     if source.kind != "files":
-        kind = {"passkey": "PassKey texts", "facts": "texts with facts"}[source.kind]
-        return f"{kind} of {source.lengths[0]:,} to {source.lengths[-1]:,} tokens"
+        return source.described(source.lengths[-1])
     from transformerfam.data.files import open_rows
 
     rows = open_rows(source.path, split=source.split, bad_rows=source.bad_rows)
@@ -205,13 +204,11 @@ def _described(source: SourceSettings) -> str:
 def _sample(recipe: Recipe) -> str:
     """What the first row of the batch would read first, decoded; and what turned out to be of no use."""
     from transformerfam.data.rows import left_out
-    from transformerfam.training.curriculum import Curriculum
     from transformerfam.training.inputs import open_probes, open_source, row_readers
 
     tokenizer = _tokenizer(recipe.model.base)
     open_probes(recipe, tokenizer)
     source = open_source(recipe, tokenizer)
-    Curriculum(recipe, source)  # texts are as short as in the first step
     readers = row_readers(recipe, source, tokenizer)
     pieces = [reader.next() for reader in readers[:_TRIED_ROWS]]
     first, most = pieces[0], max(pieces[0].weights, default=0.0)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,19 +21,9 @@ _PEOPLE = (
     *("the gardener", "the old sailor", "the librarian", "the night porter", "my neighbour"),
 )
 _PLACES = (
-    *(
-        "Lisbon",
-        "Oslo",
-        "Cairo",
-        "Boston",
-        "Kyoto",
-        "Lima",
-        "Dublin",
-        "Vienna",
-        "Nairobi",
-        "Toronto",
-    ),
-    *("Athens", "Prague", "Seville", "Bergen", "Havana", "Geneva", "Mumbai", "Riga", "Denver"),
+    *("Lisbon", "Oslo", "Cairo", "Boston", "Kyoto", "Lima", "Dublin", "Vienna", "Nairobi"),
+    *("Toronto", "Athens", "Prague", "Seville", "Bergen", "Havana", "Geneva", "Mumbai", "Riga"),
+    "Denver",
 )
 _THINGS = (
     *("lantern", "violin", "map", "telescope", "silver coin", "letter", "umbrella", "compass"),
@@ -62,15 +53,8 @@ _MONTHS = (
     *("October", "November", "December"),
 )
 _SUBJECTS = (
-    *(
-        "the harvest",
-        "the railway",
-        "the new school",
-        "the lost ship",
-        "the wedding",
-        "the harbour",
-    ),
-    *("the church roof", "the flood", "the election", "the theatre"),
+    *("the harvest", "the railway", "the new school", "the lost ship", "the wedding"),
+    *("the harbour", "the church roof", "the flood", "the election", "the theatre"),
 )
 
 
@@ -231,7 +215,7 @@ class FactTexts(PasskeyTexts):
         return [self._thing(rng.choice(KINDS), value) for _ in range(self.keys)]
 
     @staticmethod
-    def _thing(kind: Kind, value: Any) -> Told:
+    def _thing(kind: Kind, value: Callable[[str], str]) -> Told:
         slots = dict.fromkeys(_SLOT.findall(kind.told + kind.question + kind.stem + kind.key))
         filled = {slot: value(slot) for slot in slots}
         told, question, stem, key = (

@@ -64,9 +64,9 @@ class Haystack:
         Behind the last sentence the first comes again.
         """
         taken: list[list[int]] = []
-        for ids in self._from(start):
-            if budget <= 0:
-                break
+        sentences = self._from(start)
+        while budget > 0:  # nothing is tokenised that is not taken
+            ids = next(sentences)
             taken.append(ids[:budget])
             budget -= len(ids)
         return taken

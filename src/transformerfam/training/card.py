@@ -174,12 +174,7 @@ def _training(recipe: Recipe, facts: Mapping[str, Any]) -> str:
 
 def _source(source: SourceSettings, longest: int) -> str:
     """A source, whose texts came to `longest` tokens at most if they are made as needed."""
-    if source.kind != "files":
-        shortest, longest = source.lengths[0], min(longest, source.lengths[-1])
-        kind = {"passkey": "PassKey texts", "facts": "texts with facts"}[source.kind]
-        what = f"{kind} of {shortest:,} to {longest:,} tokens"
-    else:
-        what = f"`{source.path}`"
+    what = f"`{source.path}`" if source.kind == "files" else source.described(longest)
     return what if source.share == 1 else f"{what}, share {source.share:g}"
 
 

@@ -68,7 +68,7 @@ class RecordedStepper(Stepper):
         played = self._recordings[len(batch.fresh)]
         summed, *right = played.play(batch, 1 / total if total else 0.0)
         if right:
-            self._count(torch.tensor(right))
+            self._count(*right)
         return summed, memory
 
     def _give_gradients(self) -> None:

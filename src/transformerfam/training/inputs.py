@@ -187,7 +187,7 @@ def _source(
         seed=seed,
     )
     _check_room(texts, f"data.sources.{place}.lengths")
-    return PasskeySource(texts, recipe.data.batch_size)
+    return PasskeySource(texts, recipe.data.batch_size, recipe.data.begin_length or None)
 
 
 def _check_room(texts: PasskeyTexts, key: str) -> None:

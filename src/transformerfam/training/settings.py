@@ -97,6 +97,11 @@ class SourceSettings:
         "weight of the answers; about 0.3 keeps a model from forgetting how to read",
     )
 
+    def described(self, longest: int) -> str:
+        """What is made up, in words, if texts come to `longest` tokens at most."""
+        kind = {"passkey": "PassKey texts", "facts": "texts with facts"}[self.kind]
+        return f"{kind} of {self.lengths[0]:,} to {min(longest, self.lengths[-1]):,} tokens"
+
 
 @dataclass(frozen=True)
 class DataSettings:
@@ -205,7 +210,7 @@ class RunSettings:
     cuda_graphs: bool = _setting(
         False,
         "record a step on the GPU and play it back: several times as fast where blocks are small. Rows "
-        "are filled up to data.length, and all layers' activations stay in memory",
+        "are filled up to the longest that there may be, and all layers' activations stay in memory",
     )
     checkpoint_every: int = _setting(100, "steps from one checkpoint to the next; 0: none")
     keep_checkpoints: int = _setting(2, "the newest so many are kept")

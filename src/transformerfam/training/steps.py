@@ -179,7 +179,7 @@ class Stepper:
         ).logits
         if self._counts_right:
             targets, weights = segment.targets[:, columns], segment.weights[:, columns]
-            self._count(answers_right(logits.detach(), targets, weights))
+            self._count(*answers_right(logits.detach(), targets, weights).tolist())
         summed = weighted_cross_entropy(
             logits.flatten(0, 1),
             segment.targets[:, columns].flatten(),
@@ -187,8 +187,8 @@ class Stepper:
         )
         return summed, 0.0 if extra is None else (extra.total() * segment.weights.sum(1)).sum()
 
-    def _count(self, right: Tensor) -> None:
-        self.right = self.right[0] + int(right[0]), self.right[1] + int(right[1])
+    def _count(self, right: float, texts: float) -> None:
+        self.right = self.right[0] + int(right), self.right[1] + int(texts)
 
     def _auxiliary(self) -> FeedbackLosses | None:
         """What takes the auxiliary losses of a call; None if the recipe has none."""
