@@ -172,6 +172,7 @@ def test_without_a_gpu_steps_are_plain() -> None:
     [
         (["run.activation_checkpointing=true"], "run.activation_checkpointing=true; leave"),
         (["feedback.state_passing=0.5"], "feedback.state_passing; leave"),
+        (["feedback.drawn_segments=0,1"], "feedback.drawn_segments; leave"),
         (["feedback.bptt_blocks=4", "train.dropout=0.1"], "bptt_blocks, train.dropout; leave"),
         (["data.layout=documents"], "documents"),
         (["fam.recurrence=rmt", "fam.feedback_norm=none", "fam.feedback_rms=1.0"], "recurrence"),

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformerfam import Memory, convert
 from transformerfam.training.batches import Batch
 from transformerfam.training.recipe import Recipe
-from transformerfam.training.steps import Stepper, bias_at
+from transformerfam.training.steps import Stepper, bias_at, segments_at
 
 B = 6
 FAM = {"block_size": B, "memory_segments": 1, "fam_length": 3, "sink_tokens": 1}
@@ -282,3 +282,40 @@ def test_stopped_gradients_are_those_of_the_configuration() -> None:
     assert flowing.run(0, [batch(ids)]) == stopped.run(0, [batch(ids)])
     ours, theirs = gradients(flowing.base), gradients(stopped.base)
     assert any(not torch.allclose(ours[n], theirs[n]) for n in ours)
+
+
+# ---- past blocks that are drawn
+
+
+def test_each_step_draws_how_many_past_blocks_it_sees() -> None:
+    made = recipe(drawn_segments=[0, 2, 2])
+    drawn = [segments_at(step, made) for step in range(300)]
+    assert set(drawn) == {0, 2} and 150 < drawn.count(2) < 250
+    assert drawn == [segments_at(step, made) for step in range(300)]
+    assert segments_at(0, recipe()) == FAM["memory_segments"]
+
+
+def test_a_step_reads_with_the_windows_that_it_has_drawn_and_leaves_those_of_the_geometry() -> None:
+    made = recipe(drawn_segments=[0, 2])
+    one, ids = stepper(made), some_tokens(2, 3 * B + 1)
+    for segments in (0, 2):
+        step = next(n for n in range(20) if segments_at(n, made) == segments)
+        loss = one.run(step, [batch(ids)])
+        own = stepper(recipe(fam={"memory_segments": segments}))
+        assert loss == pytest.approx(own.run(step, [batch(ids)]), rel=1e-6)
+        assert_same(gradients(one.model), gradients(own.model))
+        assert one.base.fam_config == made.fam
+
+
+def test_texts_grow_by_steps_with_the_fewest_past_blocks() -> None:
+    made = Recipe.from_dict(
+        {
+            "fam": FAM,
+            "data": {"layout": "single", "begin_length": 2 * B, "length": 4 * B, "batch_size": 2},
+            "feedback": {"bias_steps": 0, "drawn_segments": [0, 2]},
+        }
+    )
+    one, ids = stepper(made), some_tokens(2, 3 * B + 1)
+    for step in range(8):
+        one.run(step, [batch(ids)])
+        assert one.right[1] == (2 if segments_at(step, made) == 0 else 0)

@@ -277,6 +277,17 @@ def _check_feedback(recipe: Recipe) -> None:
             'feedback.state_passing cannot go with fam.fam_query="static", whose queries need the '
             "prompt that rose through the stream's own first block.",
         )
+    if feedback.drawn_segments:
+        drawn = feedback.drawn_segments
+        _refuse_unless(
+            min(drawn) >= 0,
+            f"feedback.drawn_segments must be numbers of past blocks, from 0, not {list(drawn)}.",
+        )
+        _refuse_unless(
+            fam.attention == "bswa" and recipe.data.layout != "documents",
+            'feedback.drawn_segments is for fam.attention="bswa" and data.layout="packed" or "single": '
+            "other windows have no past blocks, and documents go on from step to step.",
+        )
     if fam.through_stack:
         name = f'fam.recurrence="{fam.recurrence}"'
         _refuse_unless(
@@ -321,6 +332,7 @@ def _check_recording(recipe: Recipe) -> None:
         "feedback.bptt_blocks": feedback.bptt_blocks,
         "feedback.state_passing": feedback.state_passing,
         "feedback.position_offset": feedback.position_offset,
+        "feedback.drawn_segments": feedback.drawn_segments,
         "feedback.bias_steps": feedback.bias_steps and recipe.fam.has_feedback,
         "feedback.diversity_weight": feedback.diversity_weight,
         "feedback.reconstruction_weight": feedback.reconstruction_weight,

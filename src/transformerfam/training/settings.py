@@ -166,6 +166,11 @@ class FeedbackSettings:
         0.0, "probability that a step starts from the FAM of the step before (random state passing)"
     )
     state_passing_delay: int = _setting(0, "steps before state passing begins")
+    drawn_segments: tuple[int, ...] = _setting(
+        (),
+        "numbers of past blocks; a step draws one, in place of fam.memory_segments, and texts grow by "
+        "the answers of steps with the fewest; none: always those of [fam]",
+    )
     position_offset: float = _setting(
         0.0, "probability that positions are moved by a random offset in a step"
     )

@@ -79,7 +79,13 @@ class Stepper:
         Returns:
             The weighted mean loss in nats over all processes; None if no token of the step counts.
         """
-        self.set_bias(step)
+        self.set_geometry(step)
+        try:
+            return self._run(step, batches)
+        finally:
+            self._set_segments(self.recipe.fam.memory_segments)
+
+    def _run(self, step: int, batches: Sequence[Batch]) -> float | None:
         if self._sharded:
             batches = self._alike(batches)
         torch.manual_seed(self._seed(step))
@@ -99,10 +105,18 @@ class Stepper:
         if self.feedback.state_passing:
             self.carried.fams = self._from_first_process(_fams_of_first_row(memories[0]))
         right, texts = (round(self._sum_over_processes(n)) for n in self.right)
-        self.right = right, texts
+        fewest = min(self.feedback.drawn_segments, default=self.base.fam_config.memory_segments)
+        # What a wide window holds is said right without a memory.
+        tells = self.base.fam_config.memory_segments == fewest
+        self.right = (right, texts) if tells else (0, 0)
         return self._sum_over_processes(float(summed)) / total if total else None
 
     # ---- what a step begins with
+
+    def set_geometry(self, step: int) -> None:
+        """`fam_bias` on its way from `bias_start`, and the past blocks that the step sees."""
+        self.set_bias(step)
+        self._set_segments(segments_at(step, self.recipe))
 
     def set_bias(self, step: int) -> None:
         """`fam_bias` on its way from `bias_start` to what the recipe's geometry says."""
@@ -110,6 +124,11 @@ class Stepper:
         config = self.base.fam_config
         if config.has_feedback and config.fam_bias != wanted:
             reconfigure(self.base, config.replace(fam_bias=wanted))
+
+    def _set_segments(self, wanted: int) -> None:
+        config = self.base.fam_config
+        if config.memory_segments != wanted:
+            reconfigure(self.base, config.replace(memory_segments=wanted))
 
     def _begin(self, batch: Batch, index: int, step: int) -> Memory:
         if self.recipe.data.layout == "documents" and index < len(self.carried.memories):
@@ -231,6 +250,14 @@ class Stepper:
         """For dropout: another on every process and in every step, the same when resumed."""
         where = f"{self.recipe.run.seed}/dropout/{step}/{self.accelerator.process_index}"
         return random.Random(where).getrandbits(63)
+
+
+def segments_at(step: int, recipe: Recipe) -> int:
+    """The past blocks that a step sees: drawn by `drawn_segments`, or those of the geometry."""
+    drawn = recipe.feedback.drawn_segments
+    if not drawn:
+        return recipe.fam.memory_segments
+    return random.Random(f"{recipe.run.seed}/segments/{step}").choice(drawn)
 
 
 def bias_at(step: int, recipe: Recipe) -> float:
