@@ -160,7 +160,8 @@ def test_ctrl_c_ends_after_the_step_and_says_how_to_go_on(
     code, out, err = fam("train", recipe, "run.seed=1", "--output", "my out")
     assert (code, out) == (130, "")
     assert "stopped after step 2; go on with: " in err
-    assert "fam train my.toml run.seed=1 --output 'my out' --resume" in err
+    again = "fam train my.toml run.seed=1 --output 'my out' --resume"
+    assert again in err and f"{again} run.steps=2" in err
 
 
 def test_of_several_processes_one_speaks(

@@ -535,6 +535,6 @@ def test_processes_that_do_not_know_of_each_other_are_refused(
     make_accelerator(recipe())
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(
-        UserError, match=r"^2 processes were started, but .* accelerate launch --cpu"
+        UserError, match=r"^2 processes were started, but .* ACCELERATE_USE_CPU=true"
     ):
         make_accelerator(recipe())

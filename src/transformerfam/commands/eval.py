@@ -34,7 +34,7 @@ examples:
 The results folder holds about.json (the model, its readers, versions) and results-*.jsonl, a line for
 each question. What is in it is not asked again: the same command goes on after an interruption, and
 more tasks, lengths or samples are added to it. Several processes share the questions:
-  accelerate launch --cpu --num_processes 2 -m transformerfam eval --tasks passkey
+  torchrun --nproc_per_node 2 -m transformerfam eval --tasks passkey
 """
 
 

@@ -105,7 +105,9 @@ def run(args: argparse.Namespace) -> int:
             stop=lambda: stop.requested,
         )
     if trained.interrupted:
-        progress.note(f"stopped after step {trained.steps:,}; go on with: {_to_resume(args)}")
+        again = _to_resume(args)
+        progress.note(f"stopped after step {trained.steps:,}; go on with: {again}")
+        progress.note(f"or save what it has learned: {again} run.steps={trained.steps}")
         return _session.INTERRUPTED
     if first:
         print(_outcome(trained, recipe))

@@ -112,7 +112,7 @@ def make_accelerator(recipe: Recipe) -> Any:
         # They would all write to the same folder.
         raise UserError(
             f"{started} processes were started, but they do not work together, since there is no GPU; "
-            "without one start them with accelerate launch --cpu."
+            "without one set ACCELERATE_USE_CPU=true."
         )
     return accelerator
 
