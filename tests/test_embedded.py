@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import random
 import shutil
 import sys
 import threading
@@ -20,8 +21,12 @@ from tiny_tokenizer import TEMPLATE, tiny_tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from transformerfam import convert, embedded, load
-from transformerfam.embedded import ModelError
-from transformerfam.models import EMBEDDED, reading_config
+from transformerfam.conversion import twin
+from transformerfam.data.passkey import PasskeyTexts
+from transformerfam.embedded import SHIPPED, ModelError
+from transformerfam.models import EMBEDDED, is_trained, reading_config
+from transformerfam.stream import generate
+from transformerfam.text import language_reference
 
 NEEDS_EMBEDDED = pytest.mark.skipif(
     embedded.embedded_file() is None, reason=f"needs the default model: {embedded.INSTALL_COMMAND}"
@@ -299,3 +304,24 @@ def test_the_default_model_reads_and_talks(tmp_path: Path, monkeypatch: pytest.M
     )
     answer = model.generate(**chat, max_new_tokens=12, do_sample=False)
     assert "Paris" in tokenizer.decode(answer[0, chat.input_ids.shape[1] :])
+
+
+@NEEDS_EMBEDDED
+@pytest.mark.slow
+def test_the_default_model_remembers_far_past_its_windows() -> None:
+    """With the adapter that comes with it, and not with the same windows alone."""
+    model: Any
+    model, tokenizer = load(adapter=SHIPPED)
+    assert is_trained(model)
+    assert model.fam_config.has_feedback
+    windows = twin(model, model.fam_config.without_feedback())
+    length = 4 * (model.fam_config.past_length + model.fam_config.block_size)
+    texts = PasskeyTexts(tokenizer, lengths=[length], filler=[language_reference()])
+    right = {"model": 0, "windows": 0}
+    for number in range(5):
+        sample = texts.sample(random.Random(number))
+        ids, start = sample.example.ids, sample.answer.start
+        for name, reader in (("model", model), ("windows", windows)):
+            said = generate(reader, ids[:start], max_new_tokens=len(ids) - start)
+            right[name] += list(said) == list(ids[start:])
+    assert right["model"] >= 3 and right["windows"] == 0

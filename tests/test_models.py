@@ -14,7 +14,7 @@ from peft import LoraConfig, get_peft_model
 from tiny_tokenizer import tiny_tokenizer
 from transformers import BertConfig, LlamaForCausalLM, T5Config
 
-from transformerfam import FamConfig, UnsupportedModelError, load
+from transformerfam import FamConfig, UnsupportedModelError, load, models
 from transformerfam.embedded import ModelError
 from transformerfam.errors import UserError
 from transformerfam.models import ADAPTER_FAM_CONFIG, is_trained, reading_config
@@ -300,3 +300,17 @@ def test_an_adapter_may_be_used_with_another_geometry(
     assert not is_trained(windows) and windows.fam_config.fam_length == 0
     changed = windows.model.layers[0].self_attn.q_proj.weight
     assert not torch.equal(changed, load(str(plain))[0].model.layers[0].self_attn.q_proj.weight)
+
+
+def test_the_shipped_adapter_goes_on_the_default_model_alone(
+    plain: Path, adapter: tuple[Path, torch.Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, expected = adapter
+    monkeypatch.setattr(models, "shipped_adapter", lambda: str(folder))
+    monkeypatch.setattr(models, "embedded_folder", lambda: plain)
+    shipped: Any = load(adapter=models.SHIPPED)[0]
+    assert is_trained(shipped)
+    torch.testing.assert_close(logits(shipped), expected, atol=1e-4, rtol=1e-4)
+    assert load()[0].fam_config == reading_config()
+    with pytest.raises(ModelError, match="shipped belongs to the default model"):
+        load(str(plain), adapter=models.SHIPPED)

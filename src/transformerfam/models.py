@@ -16,11 +16,13 @@ from typing import TYPE_CHECKING, Any
 from transformerfam.config import FamConfig
 from transformerfam.embedded import (
     EMBEDDED,
+    SHIPPED,
     ModelError,
     embedded_folder,
     first_sentence,
     quiet,
     read_gguf,
+    shipped_adapter,
 )
 
 if TYPE_CHECKING:
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
 __all__ = [
     "ADAPTER_FAM_CONFIG",
     "EMBEDDED",
+    "SHIPPED",
     "ModelError",
     "is_trained",
     "load",
@@ -95,7 +98,8 @@ def load(
             used: the model gets a fresh one.
         dtype: of the weights, such as "bfloat16"; by default as they are stored.
         device: where the weights go; by default the CPU.
-        adapter: folder or hub name of a PEFT adapter, which is merged into the weights.
+        adapter: folder or hub name of a PEFT adapter, which is merged into the weights, or
+            `SHIPPED`: the one that comes with this package for the default model.
 
     Raises:
         ModelError: a ValueError of one sentence, if there is no such model or it cannot be read.
@@ -107,6 +111,12 @@ def load(
     register()
     if adapter is None and (Path(name_or_path) / "adapter_config.json").is_file():
         name_or_path, adapter = _adapted_model(name_or_path), name_or_path
+    elif adapter == SHIPPED:
+        if name_or_path != EMBEDDED:
+            raise ModelError(
+                f"The adapter {SHIPPED} belongs to the default model; leave {name_or_path} out."
+            )
+        adapter = shipped_adapter()
     model, tokenizer = _load_stored(name_or_path, _dtype(dtype))
     # What adapters write down: the name that was given, not a folder in some cache.
     model.config._name_or_path = model.name_or_path = name_or_path

@@ -9,6 +9,7 @@ from dataclasses import fields
 from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from transformerfam.config import FamConfig
+from transformerfam.embedded import SHIPPED
 from transformerfam.errors import UserError
 
 if TYPE_CHECKING:
@@ -73,7 +74,12 @@ def add_model(parser: argparse.ArgumentParser) -> None:
 
 def add_model_details(group: argparse._ActionsContainer) -> None:
     """What can be said about a model besides its name."""
-    group.add_argument("--adapter", metavar="FOLDER", help="a trained adapter to put on the model")
+    group.add_argument(
+        "--adapter",
+        metavar="FOLDER",
+        help=f"a trained adapter to put on the model; {SHIPPED}: the small one that comes with the "
+        "default model",
+    )
     group.add_argument(
         "--dtype",
         choices=["float32", "bfloat16", "float16"],

@@ -277,17 +277,7 @@ def _check_feedback(recipe: Recipe) -> None:
             'feedback.state_passing cannot go with fam.fam_query="static", whose queries need the '
             "prompt that rose through the stream's own first block.",
         )
-    if feedback.drawn_segments:
-        drawn = feedback.drawn_segments
-        _refuse_unless(
-            min(drawn) >= 0,
-            f"feedback.drawn_segments must be numbers of past blocks, from 0, not {list(drawn)}.",
-        )
-        _refuse_unless(
-            fam.attention == "bswa" and recipe.data.layout != "documents",
-            'feedback.drawn_segments is for fam.attention="bswa" and data.layout="packed" or "single": '
-            "other windows have no past blocks, and documents go on from step to step.",
-        )
+    _check_drawn_segments(recipe)
     if fam.through_stack:
         name = f'fam.recurrence="{fam.recurrence}"'
         _refuse_unless(
@@ -312,6 +302,21 @@ def _check_feedback(recipe: Recipe) -> None:
             f"feedback.bias_steps needs a feedback.bias_start below fam.fam_bias={fam.fam_bias}, to "
             f"which it rises; it is {feedback.bias_start}.",
         )
+
+
+def _check_drawn_segments(recipe: Recipe) -> None:
+    drawn = recipe.feedback.drawn_segments
+    if not drawn:
+        return
+    _refuse_unless(
+        min(drawn) >= 0,
+        f"feedback.drawn_segments must be numbers of past blocks, from 0, not {list(drawn)}.",
+    )
+    _refuse_unless(
+        recipe.fam.attention == "bswa" and recipe.data.layout != "documents",
+        'feedback.drawn_segments is for fam.attention="bswa" and data.layout="packed" or "single": '
+        "other windows have no past blocks, and documents go on from step to step.",
+    )
 
 
 def _check_run(recipe: Recipe) -> None:
