@@ -19,7 +19,7 @@ from transformerfam.data.rows import Mixture
 from transformerfam.errors import UserError
 from transformerfam.training import curriculum, graphs
 from transformerfam.training.batches import Batch
-from transformerfam.training.curriculum import Curriculum, answers_right
+from transformerfam.training.curriculum import Curriculum, answers_said
 from transformerfam.training.inputs import PasskeySource
 from transformerfam.training.recipe import Recipe
 from transformerfam.training.trainer import Trained
@@ -102,17 +102,14 @@ def test_rows_are_right_when_all_that_counts_fully_is() -> None:
     said = torch.tensor([[0, 2, 3], [1, 2, 0], [0, 0, 0]])
     logits = torch.nn.functional.one_hot(said, 5).float()
     weights = torch.tensor([[0.1, 1.0, 1.0], [0.1, 1.0, 1.0], [0.1, 0.1, 0.0]])
-    assert answers_right(logits, targets, weights).tolist() == [1, 2]
+    answered, wrong = answers_said(logits, targets, weights).tolist()
+    assert answered == [True, True, False] and wrong == [False, True, False]
 
 
 @pytest.mark.parametrize(
     ("table", "message"),
     [
         ({"data": {"begin_length": 400}}, 'take data.layout="single"'),
-        (
-            {"data": {"begin_length": 400, "layout": "single"}, "feedback": {"bptt_blocks": 4}},
-            "feedback.bptt_blocks=0",
-        ),
         ({"data": {"grow_at": 1.5}}, "grow_at is a probability"),
         (
             {
@@ -177,6 +174,7 @@ def test_a_run_grows_its_texts_and_one_that_goes_on_does_so_at_the_same_steps(
 
 def test_recorded_steps_count_what_plain_ones_count(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(graphs, "recorded", on_the_cpu)
+    monkeypatch.setattr(graphs, "graph_pool", lambda: None)
     made = growing(None)
     one = trainer_tests.trainer(made, cast(Any, PasskeySource(cast(Any, Texts()), rows=2)))
     ours = graphs.RecordedStepper(one.accelerator, one.model, one.base, made)

@@ -8,19 +8,20 @@ from typing import Any
 import pytest
 import torch
 from families import some_tokens
-from test_steps import B, assert_same, batch, recipe, stepper
+from test_steps import FAM, B, assert_same, batch, recipe, stepper
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from transformerfam.call import Call, keeping
 from transformerfam.errors import UserError
 from transformerfam.training import graphs
+from transformerfam.training.batches import Batch
 from transformerfam.training.graphs import RecordedStepper, stepper_for
 from transformerfam.training.recipe import Recipe, find
 from transformerfam.training.steps import Stepper
 
 
-def on_the_cpu(run: Callable[[], Tensor]) -> tuple[Tensor, Callable[[], None]]:
+def on_the_cpu(run: Callable[[], Tensor], pool: Any) -> tuple[Tensor, Callable[[], None]]:
     """In place of CUDA's recording: runs again, and must leave its result in the same place."""
     result = run().clone()
 
@@ -30,15 +31,21 @@ def on_the_cpu(run: Callable[[], Tensor]) -> tuple[Tensor, Callable[[], None]]:
     return result, replay
 
 
-@pytest.mark.parametrize("norm", ["none", "rms", 2.0])
-def test_gradients_and_losses_are_those_of_plain_steps(
-    norm: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture(autouse=True)
+def without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(graphs, "recorded", on_the_cpu)
-    made = recipe("single", fam={"feedback_norm": norm})
-    plain = stepper(made)
+    monkeypatch.setattr(graphs, "graph_pool", lambda: None)
+
+
+def recorded_stepper(made: Recipe) -> RecordedStepper:
     other = stepper(made)
-    ours = RecordedStepper(other.accelerator, other.model, other.base, made)
+    return RecordedStepper(other.accelerator, other.model, other.base, made)
+
+
+@pytest.mark.parametrize("norm", ["none", "rms", 2.0])
+def test_gradients_and_losses_are_those_of_plain_steps(norm: Any) -> None:
+    made = recipe("single", fam={"feedback_norm": norm})
+    plain, ours = stepper(made), recorded_stepper(made)
     for step, length in enumerate([4 * B, 2 * B + 3, 4 * B]):
         ids = some_tokens(2, length + 1, seed=step)
         weights = torch.rand(2, length)
@@ -54,24 +61,20 @@ def test_gradients_and_losses_are_those_of_plain_steps(
             one.base.zero_grad()  # as the optimizer does: gradients are taken away
 
 
-def test_a_longer_step_is_another_recording(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(graphs, "recorded", on_the_cpu)
+def test_a_longer_step_is_another_recording() -> None:
     made = recipe("single")
-    plain, other = stepper(made), stepper(made)
-    ours = RecordedStepper(other.accelerator, other.model, other.base, made)
+    plain, ours = stepper(made), recorded_stepper(made)
     for longest, length in ((2 * B, 2 * B), (2 * B, 3 * B), (4 * B, B + 1), (4 * B, 4 * B)):
         ours.longest = longest
         ids = some_tokens(2, length + 1, seed=length)
         expected = plain.run(0, [batch(ids)])
         assert ours.run(0, [batch(ids)]) == pytest.approx(expected, rel=1e-5)
-        assert ours._recordings[2].length == max(longest, length if length > 2 * B else 0)
+        assert ours._length == max(longest, length if length > 2 * B else 0)
 
 
-def test_micro_batches_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(graphs, "recorded", on_the_cpu)
+def test_micro_batches_add_up() -> None:
     made = recipe("single")
-    plain, other = stepper(made), stepper(made)
-    ours = RecordedStepper(other.accelerator, other.model, other.base, made)
+    plain, ours = stepper(made), recorded_stepper(made)
     ids = some_tokens(2, 4 * B + 1)
     plain.run(0, [batch(ids)])
     ours.run(0, [batch(ids[:1]), batch(ids[1:])])
@@ -82,12 +85,94 @@ def test_micro_batches_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
     assert_same(*grads)
 
 
+def filled(rows: list[int], seed: int) -> Batch:
+    """Rows of these many tokens, filled up to the longest."""
+    ids = some_tokens(len(rows), max(rows) + 1, seed=seed)
+    valid = torch.arange(max(rows))[None] < torch.tensor(rows)[:, None]
+    inputs, targets = ids[:, :-1] * valid, ids[:, 1:] * valid
+    return Batch(inputs, targets, valid.float(), valid, (True,) * len(rows))
+
+
+def assert_alike(plain: Stepper, ours: Stepper, steps: list[Batch]) -> None:
+    """Losses, gradients and what is passed on are the same step after step."""
+    for step, rows in enumerate(steps):
+        assert ours.run(step, [rows]) == pytest.approx(plain.run(step, [rows]), rel=1e-5)
+        grads = [
+            {n: p.grad for n, p in s.base.named_parameters() if p.grad is not None}
+            for s in (ours, plain)
+        ]
+        assert_same(*grads)
+        found, expected = ours.carried.fams, plain.carried.fams
+        assert (found is None) == (expected is None)
+        for mine, theirs in zip(found or (), expected or (), strict=True):
+            torch.testing.assert_close(mine, theirs)
+        for one in (plain, ours):
+            one.base.zero_grad()
+
+
+# Of the first row a text of some blocks, one without a whole block, one that is filled up.
+STEPS = [[4 * B, 3 * B], [2 * B + 1, 5 * B - 1], [B - 1, 2 * B], [3 * B - 2, 3 * B], [2 * B, B + 3]]
+
+
+@pytest.mark.parametrize(
+    "feedback",
+    [
+        {"state_passing": 0.7},
+        {"bptt_blocks": 2},
+        {"bptt_blocks": 2, "state_passing": 0.7},
+        {"bptt_blocks": 2, "state_passing": 0.7, "drawn_segments": (0, 1)},
+    ],
+    ids=str,
+)
+def test_what_goes_on_from_segment_to_segment_and_step_to_step(feedback: dict[str, Any]) -> None:
+    made = recipe("single", **feedback)
+    plain, ours = stepper(made), recorded_stepper(made)
+    assert_alike(plain, ours, [filled(rows, seed) for seed, rows in enumerate([*STEPS, *STEPS])])
+
+
+@pytest.mark.parametrize(
+    "fam", [{"feedback_norm": "rms"}, {"previous_fams": 2}, {"fam_length": 0}, {"sink_tokens": 3}]
+)
+def test_segments_go_on_under_any_geometry(fam: dict[str, Any]) -> None:
+    passing = {"state_passing": 0.7} if fam.get("fam_length", 1) else {}
+    made = recipe("single", fam=fam, bptt_blocks=2, **passing)
+    plain, ours = stepper(made), recorded_stepper(made)
+    assert_alike(plain, ours, [filled(rows, seed) for seed, rows in enumerate(STEPS)])
+
+
+@pytest.mark.parametrize("kind", [Stepper, RecordedStepper])
+def test_an_answer_that_two_segments_share_is_right_as_a_whole(kind: type[Stepper]) -> None:
+    """Two rows are answered, each at both ends of its second segment; one of them is right."""
+    made = Recipe.from_dict(
+        {
+            "fam": FAM,
+            "data": {"layout": "single", "batch_size": 3, "length": 6 * B, "begin_length": 6 * B},
+            "feedback": {"bias_steps": 0, "bptt_blocks": 2},
+        }
+    )
+    other = stepper(made)
+    one = kind(other.accelerator, other.model, other.base, made)
+    ids = some_tokens(3, 5 * B + 1)
+    with torch.no_grad():
+        targets = one.base(ids[:, :-1]).logits.argmax(-1)
+    weights = torch.full(targets.shape, 0.1)
+    weights[:2, 2 * B - 1 : 2 * B + 1] = 1
+    targets[1, 2 * B] += 1
+    one.run(0, [Batch(ids[:, :-1], targets, weights, None, (True,) * 3)])
+    assert one.right == (1, 2)
+
+
+def test_a_recording_between_two_segments_leaves_streams_where_they_are() -> None:
+    """Texts of one segment, and then of three: the way to go on is recorded in the midst of a text."""
+    made = recipe("single", bptt_blocks=2)
+    plain, ours = stepper(made), recorded_stepper(made)
+    assert_alike(plain, ours, [filled([n * B, 2 * B], seed=n) for n in (2, 1, 6, 6)])
+
+
 def test_once_recorded_nothing_comes_from_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a call makes once comes from the first run: tables and masks are made on the CPU."""
-    monkeypatch.setattr(graphs, "recorded", on_the_cpu)
     made = recipe("single")
-    other = stepper(made)
-    ours = RecordedStepper(other.accelerator, other.model, other.base, made)
+    ours = recorded_stepper(made)
     ids = some_tokens(2, 4 * B + 1)
     ours.run(0, [batch(ids)])
     once = Call.once
@@ -102,13 +187,9 @@ def test_once_recorded_nothing_comes_from_the_cpu(monkeypatch: pytest.MonkeyPatc
     ours.run(1, [batch(ids)])
 
 
-def test_a_recording_in_a_later_step_takes_no_gradients_away(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(graphs, "recorded", on_the_cpu)
+def test_a_recording_in_a_later_step_takes_no_gradients_away() -> None:
     made = recipe("single")
-    plain, other = stepper(made), stepper(made)
-    ours = RecordedStepper(other.accelerator, other.model, other.base, made)
+    plain, ours = stepper(made), recorded_stepper(made)
     ours.longest = 2 * B
     short, long = some_tokens(2, 2 * B + 1), some_tokens(2, 4 * B + 1, seed=1)
     for batches in ([short], [short, long]):  # gradients of both steps add up
@@ -171,9 +252,10 @@ def test_without_a_gpu_steps_are_plain() -> None:
     ("changes", "named"),
     [
         (["run.activation_checkpointing=true"], "run.activation_checkpointing=true; leave"),
-        (["feedback.state_passing=0.5"], "feedback.state_passing; leave"),
-        (["feedback.drawn_segments=0,1"], "feedback.drawn_segments; leave"),
-        (["feedback.bptt_blocks=4", "train.dropout=0.1"], "bptt_blocks, train.dropout; leave"),
+        (["feedback.position_offset=0.5", "train.dropout=0.1"], "offset, train.dropout; leave"),
+        (["feedback.bptt_blocks=2", "feedback.drawn_segments=0,3"], "at least 3, not 2"),
+        (["feedback.bptt_blocks=2", "fam.fam_position=zero"], "positions count"),
+        (["feedback.bptt_blocks=2", "fam.attention=full"], "windows grow"),
         (["data.layout=documents"], "documents"),
         (["fam.recurrence=rmt", "fam.feedback_norm=none", "fam.feedback_rms=1.0"], "recurrence"),
         (["feedback.bias_steps=5"], "bias_steps; leave"),

@@ -13,7 +13,7 @@ from variants import VARIANTS
 
 from transformerfam import FamConfig, Memory, convert, read
 from transformerfam.attention import AttentionMask, AttentionStyle, attend, attention_weights
-from transformerfam.call import Attended
+from transformerfam.call import Attended, Written
 from transformerfam.errors import UserError
 from transformerfam.inspection import (
     STRONGEST,
@@ -38,7 +38,12 @@ def model_of(config: FamConfig = CONFIG, family: str = "Llama", **changes: Any) 
 
 
 def attentions(model: Any, tokens: list[int], chunk_tokens: int) -> list[Attended]:
-    seen: list[Attended] = []
+    seen = told(model, tokens, chunk_tokens)
+    return [one for one in seen if isinstance(one, Attended)]
+
+
+def told(model: Any, tokens: list[int], chunk_tokens: int) -> list[Attended | Written]:
+    seen: list[Attended | Written] = []
     for _ in read(model, tokens, chunk_tokens=chunk_tokens, observer=seen.append):
         pass
     return seen
@@ -75,6 +80,20 @@ def test_the_observer_is_told_of_every_layer_and_block() -> None:
     assert [(s.layer, s.block) for s in seen] == expected
 
 
+@pytest.mark.parametrize("chunk_tokens", [23, 6, 4])
+def test_it_is_told_what_each_block_has_left(chunk_tokens: int) -> None:
+    model = model_of()
+    seen = [s for s in told(model, TOKENS, chunk_tokens) if isinstance(s, Written)]
+    for layer in range(3):
+        written = [s.fam for s in seen if s.layer == layer]
+        assert len(written) == 3
+        for blocks, fam in enumerate(written, start=1):
+            memory = Memory.for_model(model)
+            for _ in read(model, TOKENS[: blocks * 6], memory):
+                pass
+            torch.testing.assert_close(fam, memory.fams[layer])
+
+
 @pytest.mark.parametrize("name", ["feedback segments", "compressive", "bswa"])
 def test_it_is_told_of_other_memories_of_past_blocks(name: str) -> None:
     """Whoever looks at attention sees as many queries of each layer as tokens were read."""
@@ -90,7 +109,7 @@ def test_an_observer_changes_nothing_in_any_family(family: str) -> None:
     model = model_of(family=family, dtype=torch.float32)  # experts know no float64
     ids = torch.tensor([TOKENS])
     before = copy.deepcopy(vars(model.get_decoder().layers[0]))
-    seen: list[Attended] = []
+    seen: list[Attended | Written] = []
     watched = Memory.for_model(model)
     with torch.no_grad():
         plain = model(ids).logits

@@ -64,8 +64,23 @@ class Attended:
         return attention_weights(self.query, self.key, self.mask, self.style)
 
 
-# Told of each attention of a call. Whoever only runs a model needs none, and pays nothing.
-Observer = Callable[[Attended], None]
+@dataclass(frozen=True)
+class Written:
+    """What the FAM of a layer is after a block of a call.
+
+    Attributes:
+        layer: index of the layer.
+        block: j of the call.
+        fam: F, (R, N, d); a row that does not complete block j has an older one there.
+    """
+
+    layer: int
+    block: int
+    fam: Tensor
+
+
+# Told of what a call computes. Whoever only runs a model needs none, and pays nothing.
+Observer = Callable[[Attended | Written], None]
 
 
 _KEPT: ContextVar[dict[Any, Any] | None] = ContextVar("kept", default=None)
@@ -102,7 +117,7 @@ class Call:
         offset: position of the first token of each stream.
         gates: (layers, H), β of the compressive memory; None without.
         losses: takes the auxiliary losses of the layers; None: they are not computed.
-        observer: told of each attention.
+        observer: told of each attention, and of FAM after each block.
     """
 
     def __init__(

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from transformerfam.attention import AttentionStyle
-from transformerfam.call import Call, Reenter
+from transformerfam.call import Call, Reenter, Written
 from transformerfam.indexing import members, merge, put, take, take_tables, unsqueeze
 from transformerfam.layer_memory import KeyValue
 from transformerfam.rotary import Tables, rotate
@@ -71,6 +71,8 @@ class Recurrence:
             fam = merge(fam, rows, updated)
             if self.call.losses is not None:
                 self.each.append(fam)
+            if self.call.observer is not None:
+                self.call.observer(Written(self.layer, j, fam))
         if max(finished):
             self._project_last(fam, made)
         return fam, made

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from transformerfam.call import Attended
+from transformerfam.call import Attended, Written
 from transformerfam.config import FamConfig
 from transformerfam.conversion import twin
 from transformerfam.errors import UserError
@@ -150,8 +150,6 @@ def inspect_stream(
     losses = []
     for chunk in read(model, ids, memory, chunk_tokens=B, observer=recorder):
         losses.append(chunk.losses)
-        if chunk.tokens == B:
-            recorder.finish_block(memory)
         progress(f"reading {chunk.position:,} of {len(ids):,} tokens ...")
     without = None
     if baseline:
@@ -272,9 +270,12 @@ class _Recorder:
         self.map_keys: dict[int, dict[str, int]] = {}
         self._fam_weights: dict[int, Tensor] = {}
 
-    def __call__(self, seen: Attended) -> None:
+    def __call__(self, seen: Attended | Written) -> None:
         record = self.layers.get(seen.layer)
         if record is None:
+            return
+        if isinstance(seen, Written):
+            record.add_fam(seen.fam[0])
             return
         assert seen.plan.rows == 1 and seen.plan.blocks == 1, "one row, one block a call"
         weights = seen.weights()[0].float()  # (H, L, K)
@@ -282,13 +283,6 @@ class _Recorder:
             self._tokens(record, seen.plan, weights)
         else:
             self._fam(record, seen.plan, weights)
-
-    def finish_block(self, memory: Memory) -> None:
-        """Note the F that a whole block has left."""
-        for layer, record in self.layers.items():
-            fam = memory.fams[layer]
-            assert fam is not None
-            record.add_fam(fam[0])
 
     def _fam(self, record: _LayerRecord, plan: CallPlan, weights: Tensor) -> None:
         N = plan.config.fam_length

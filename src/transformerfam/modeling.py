@@ -79,7 +79,8 @@ class FamDecoder(Picklable):
             past_key_values: the streams' memory, advanced in place once the call has succeeded.
             use_cache: whether to make a memory if none is given.
             fam_losses: takes the auxiliary losses of the call.
-            fam_observer: told of each attention of the call (`call.Attended`).
+            fam_observer: told of each attention of the call (`call.Attended`), and of FAM after each
+                block (`call.Written`).
         """
         inputs = input_ids if inputs_embeds is None else inputs_embeds
         if inputs is None or inputs.shape[1] == 0:

@@ -72,7 +72,7 @@ def read(
         memory: where the stream stands, one row; advanced in place. None: a fresh stream.
         chunk_tokens: tokens of a call. By default about 2048, fewer for a large vocabulary (the
             logits of a chunk take at most 256 MB), in steps that end where blocks end.
-        observer: told of each attention (`call.Attended`); for `inspection`.
+        observer: told of what is computed (`call.Observer`); for `inspection`.
 
     Yields:
         A `Chunk` after each call. Between two of them the memory may be forked, saved or asked.

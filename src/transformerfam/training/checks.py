@@ -188,9 +188,8 @@ def _check_growth(recipe: Recipe) -> None:
     if not data.begin_length:
         return
     _refuse_unless(
-        data.layout == "single" and not recipe.feedback.bptt_blocks,
-        'data.begin_length asks whether a text\'s answers are right; take data.layout="single" and '
-        "feedback.bptt_blocks=0.",
+        data.layout == "single",
+        'data.begin_length asks whether a text\'s answers are right; take data.layout="single".',
     )
     _refuse_unless(
         all(source.kind != "files" for source in data.sources if source.share),
@@ -334,10 +333,7 @@ def _check_recording(recipe: Recipe) -> None:
     wrong = {
         "run.activation_checkpointing=true": recipe.run.activation_checkpointing,
         'data.layout="documents"': recipe.data.layout == "documents",
-        "feedback.bptt_blocks": feedback.bptt_blocks,
-        "feedback.state_passing": feedback.state_passing,
         "feedback.position_offset": feedback.position_offset,
-        "feedback.drawn_segments": feedback.drawn_segments,
         "feedback.bias_steps": feedback.bias_steps and recipe.fam.has_feedback,
         "feedback.diversity_weight": feedback.diversity_weight,
         "feedback.reconstruction_weight": feedback.reconstruction_weight,
@@ -349,6 +345,25 @@ def _check_recording(recipe: Recipe) -> None:
         not found,
         f"run.cuda_graphs plays the same step again and again, which does not go with "
         f"{', '.join(found)}; leave one or the other out.",
+    )
+    if feedback.bptt_blocks:
+        _check_segments_alike(recipe)
+
+
+def _check_segments_alike(recipe: Recipe) -> None:
+    """All segments of a text but its first are played alike: however far it is, it looks the same."""
+    fam, feedback = recipe.fam, recipe.feedback
+    past = fam.past_length
+    if past is None or fam.global_positions or fam.fam_position == "zero":
+        raise UserError(
+            "run.cuda_graphs does not go with feedback.bptt_blocks where windows grow or positions "
+            "count from the start of a text; leave one or the other out."
+        )
+    behind = max(*feedback.drawn_segments, -(-past // fam.block_size), fam.previous_fams, 0)
+    _refuse_unless(
+        feedback.bptt_blocks >= behind,
+        f"With run.cuda_graphs a segment must fill the windows: feedback.bptt_blocks must be at least "
+        f"{behind}, not {feedback.bptt_blocks}.",
     )
 
 

@@ -80,14 +80,13 @@ class Curriculum:
             source.longest = self.longest
 
 
-def answers_right(logits: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
-    """(2,): how many rows say all of their answers (weight 1) right, and how many have any.
+def answers_said(logits: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
+    """(2, R) bool: which rows have an answer (weight 1) here, and which of them say one wrong.
 
     Args:
         logits: (R, T, V).
         targets, weights: (R, T).
     """
     counts = weights == 1
-    right = ((logits.argmax(-1) == targets) | ~counts).all(1)
-    has_answer = counts.any(1)
-    return torch.stack([(right & has_answer).sum(), has_answer.sum()])
+    wrong = (logits.argmax(-1) != targets) & counts
+    return torch.stack([counts.any(1), wrong.any(1)])

@@ -1,27 +1,29 @@
 """Training steps as CUDA graphs: a step is recorded once and then played back.
 
 With small blocks a step is some ten thousand small kernels, and Python takes several times as long to
-start them as the GPU to run them. A recording starts them all at once. It is of one shape: every row
-is filled up to the longest length that there may be, and begins a stream.
+start them as the GPU to run them. A recording starts them all at once. It is of one segment, forward
+and backward: every row is filled up to `bptt_blocks` blocks, or to the longest length that there may
+be, and begins anew, with the FAM that another text has left, or where the segment before has ended.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from transformerfam.call import keeping
+from transformerfam.call import Attended, Written, keeping
+from transformerfam.layer_memory import LayerMemory
 from transformerfam.memory import Memory
 from transformerfam.training.batches import Batch
 from transformerfam.training.cross_entropy import weighted_cross_entropy
-from transformerfam.training.curriculum import answers_right
+from transformerfam.training.curriculum import answers_said
 from transformerfam.training.recipe import Recipe
 from transformerfam.training.steps import Stepper
 
-_REHEARSALS = 2  # steps before the recording: libraries allocate and choose kernels in the first
+Beginning = Literal["anew", "passed", "on"]
 
 
 def stepper_for(accelerator: Any, model: Any, base: Any, recipe: Recipe) -> Stepper:
@@ -40,7 +42,11 @@ class RecordedStepper(Stepper):
 
     def __init__(self, accelerator: Any, model: Any, base: Any, recipe: Recipe) -> None:
         super().__init__(accelerator, model, base, recipe)
-        self._recordings: dict[int, Recording] = {}
+        self._length = 0
+        self._pool: Any = None
+        self._recordings: dict[tuple[int, int, Beginning], Recording] = {}
+        # By rows and past blocks: where streams stand.
+        self._streams: dict[tuple[int, int], Streams] = {}
         trained = [p for p in model.parameters() if p.requires_grad]
         # A recording adds to the gradients that were there when it was made.
         self._gradients = [(p, torch.zeros_like(p)) for p in trained]
@@ -48,28 +54,64 @@ class RecordedStepper(Stepper):
     def run(self, step: int, batches: Sequence[Batch]) -> float | None:
         """See `Stepper`."""
         longest = max(self.longest, *(batch.inputs.shape[1] for batch in batches))
-        for rows in {len(batch.fresh) for batch in batches}:
-            if rows not in self._recordings or self._recordings[rows].length < longest:
-                self._record(rows, longest)
+        segment = self.feedback.bptt_blocks * self.base.fam_config.block_size
+        length = min(longest, segment) if segment else longest
+        if length > self._length:
+            self._recordings.clear()  # before there is room for others
+            self._streams.clear()
+            self._length, self._pool = length, graph_pool()
         return super().run(step, batches)
-
-    def _record(self, rows: int, length: int) -> None:
-        """A new recording, which leaves no gradients behind."""
-        self._recordings.pop(rows, None)  # before there is room for another
-        self._give_gradients()
-        before = [gradient.clone() for _, gradient in self._gradients]
-        self._recordings[rows] = Recording(self.model, rows, length, self._counts_right)
-        torch._foreach_copy_([gradient for _, gradient in self._gradients], before)
 
     def _through(
         self, batch: Batch, memory: Memory, total: float, is_last: bool
     ) -> tuple[float, Memory]:
         self._give_gradients()
-        played = self._recordings[len(batch.fresh)]
-        summed, *right = played.play(batch, 1 / total if total else 0.0)
-        if right:
-            self._count(*right)
-        return summed, memory
+        size, B = self._length, self.base.fam_config.block_size
+        whole = batch.filled_up(-(-batch.inputs.shape[1] // size) * size)
+        # The first row's last whole block: its FAM is the one that may be passed on.
+        last = (batch.inputs.shape[1] if batch.valid is None else int(batch.valid[0].sum())) // B - 1
+        begins: Beginning = "anew" if memory.passed_fams is None else "passed"
+        summed, left = 0.0, memory
+        self._said = torch.zeros(2, memory.rows, dtype=torch.bool)
+        for segment in whole.segments(size):
+            played = self._recording(begins, memory)
+            loss, said = played.play(segment, 1 / total if total else 0.0, last)
+            summed += loss
+            self._said |= said
+            if self.feedback.state_passing and 0 <= last < size // B:
+                left = Memory.for_model(self.base, memory.rows)
+                left.begin_with([fam.clone() for fam in played.streams.written])
+            begins, last = "on", last - size // B
+        self._count()
+        return summed, left
+
+    def _recording(self, begins: Beginning, memory: Memory) -> Recording:
+        """What is played for streams that begin like those of `memory`, under the step's geometry."""
+        key = memory.rows, self.base.fam_config.memory_segments, begins
+        streams = self._streams.setdefault(key[:2], Streams())
+        if begins == "passed":
+            streams.pass_on(memory)
+        if key not in self._recordings:
+            self._recordings[key] = self._record(begins, memory.rows, streams)
+        return self._recordings[key]
+
+    def _record(self, begins: Beginning, rows: int, streams: Streams) -> Recording:
+        """A new recording; it was run to be made, and leaves nothing of that behind."""
+        touched = [*(gradient for _, gradient in self._gradients), *streams.tensors()]
+        before = [tensor.clone() for tensor in touched]
+        made = Recording(
+            self.model,
+            Memory.for_model(self.base, rows),
+            self._length,
+            begins,
+            streams,
+            counts_right=self._counts_right,
+            writes=bool(self.feedback.state_passing),
+            goes_on=bool(self.feedback.bptt_blocks),
+            pool=self._pool,
+        )
+        torch._foreach_copy_(touched, before)
+        return made
 
     def _give_gradients(self) -> None:
         """Put the gradients back where the optimizer has taken them away, at zero."""
@@ -80,65 +122,185 @@ class RecordedStepper(Stepper):
             parameter.grad = gradient
 
 
+class Streams:
+    """Where the streams of a step stand between segments, in tensors that stay where they are.
+
+    Attributes:
+        passed: F of each layer, (1, N, d), with which streams begin under random state passing.
+        written: F of each layer, (1, N, d), as the first row of a segment left it.
+        layers: each layer's memory after a segment.
+    """
+
+    def __init__(self) -> None:
+        self.passed: list[Tensor] = []
+        self.written: list[Tensor] = []
+        self.layers: list[LayerMemory] = []
+
+    def tensors(self) -> Iterator[Tensor]:
+        """All of them."""
+        yield from self.passed
+        yield from self.written
+        for layer in self.layers:
+            yield from (tensor for _, tensor in layer.named_tensors())
+
+    def pass_on(self, memory: Memory) -> None:
+        """Streams begin with the FAM with which those of `memory` do, which is the same in all."""
+        assert memory.passed_fams is not None
+        self.passed = _put(self.passed, [fam[:1] for fam in memory.passed_fams])
+
+    def write(self, fams: Sequence[Tensor]) -> None:
+        """Take over what a first row has left."""
+        self.written = _put(self.written, fams)
+
+    def go_on(self, memory: Memory) -> None:
+        """Take over where streams stand."""
+        layers = [layer for layer in memory.layers_memory if layer is not None]
+        if not self.layers:
+            self.layers = [layer.map(lambda t: t.detach().clone()) for layer in layers]
+        for mine, theirs in zip(self.layers, layers, strict=True):
+            tensors = [[t.detach() for _, t in m.named_tensors()] for m in (mine, theirs)]
+            _put(*tensors)
+
+
+def _put(places: list[Tensor], values: Sequence[Tensor]) -> list[Tensor]:
+    """The values in their places, which are made the first time."""
+    if not places:
+        return [value.clone() for value in values]
+    torch._foreach_copy_(places, list(values))
+    return places
+
+
 class Recording:
-    """Forward and backward over `rows` rows of `length` tokens.
+    """Forward and backward over one segment of some rows.
 
     Args:
         model: in training mode, on a GPU, with a gradient at each trained parameter.
-        rows, length: the shape.
-        counts_right: look whose answers are right.
+        memory: an empty one.
+        length: of the segment in tokens.
+        begins: how.
+        streams: what it begins with and leaves behind.
+        counts_right: look whose answers are said right.
+        writes: leave behind what the first row has written.
+        goes_on: leave behind where streams stand.
+        pool: memory that is shared with other recordings, none of which plays at the same time.
     """
 
-    def __init__(self, model: Any, rows: int, length: int, counts_right: bool) -> None:
-        self.length = length
+    def __init__(
+        self,
+        model: Any,
+        memory: Memory,
+        length: int,
+        begins: Beginning,
+        streams: Streams,
+        *,
+        counts_right: bool,
+        writes: bool,
+        goes_on: bool,
+        pool: Any,
+    ) -> None:
+        self.streams = streams
         self._model = model
+        self._memory = memory
+        self._begins = begins
         self._counts_right = counts_right
+        self._writes = writes
+        self._goes_on = goes_on
         device = next(model.parameters()).device
-        self._inputs = torch.zeros(rows, length, dtype=torch.long, device=device)
+        self._inputs = torch.zeros(memory.rows, length, dtype=torch.long, device=device)
         self._targets = torch.zeros_like(self._inputs)
-        self._weights = torch.zeros(rows, length, device=device)
+        self._weights = torch.zeros(memory.rows, length, device=device)
         self._share = torch.zeros((), device=device)
+        self._last = torch.zeros(1, dtype=torch.long, device=device)
         self._made: dict[Any, Any] = {}
-        self._results, self._replay = recorded(self._run)
+        self._results, self._replay = recorded(self._run, pool)
 
-    def play(self, batch: Batch, share: float) -> list[float]:
+    def play(self, batch: Batch, share: float, last: int) -> tuple[float, Tensor]:
         """Add the gradients of `share` times the sum of weighted losses, in nats.
 
+        Args:
+            batch: of the length that was recorded.
+            share: see above.
+            last: the block of the segment after which FAM is `streams.written`; any number for one
+                that is not in it.
+
         Returns:
-            That sum, and where it is looked at the two numbers of `answers_right`.
+            That sum, and `answers_said` on the CPU; nothing was said if that is not looked at.
         """
-        batch = batch.filled_up(self._inputs.shape[1])
         self._inputs.copy_(batch.inputs)
         self._targets.copy_(batch.targets)
         self._weights.copy_(batch.weights)
         self._share.fill_(share)
+        self._last.fill_(min(max(last, 0), self._inputs.shape[1] // self._memory.config.block_size - 1))
         self._replay()
-        results: list[float] = self._results.tolist()
-        return results
+        summed, *said = self._results.tolist()
+        return summed, torch.tensor(said, dtype=torch.bool).view(2, -1)
 
     def _run(self) -> Tensor:
+        memory, written = self._beginning(), _Written()
         with keeping(self._made):
-            logits = self._model(input_ids=self._inputs, use_cache=False).logits
-        results = []
+            logits = self._model(
+                input_ids=self._inputs,
+                past_key_values=memory,
+                use_cache=memory is not None,
+                **({"fam_observer": written} if self._writes else {}),
+            ).logits
+        said = self._weights.new_zeros(2, self._memory.rows)
         if self._counts_right:
-            results = [*answers_right(logits.detach(), self._targets, self._weights)]
+            said = answers_said(logits.detach(), self._targets, self._weights)
         summed = weighted_cross_entropy(
             logits.flatten(0, 1), self._targets.flatten(), self._weights.flatten()
         )
         (summed * self._share).backward()
-        return torch.stack([summed.detach(), *(n.to(summed.dtype) for n in results)])
+        # Only now: the backward pass has read what the segment began with.
+        if written.fams:
+            self.streams.write(written.after(self._last))
+        if self._goes_on and memory is not None:
+            self.streams.go_on(memory)
+        return torch.cat([summed.detach()[None], said.flatten().to(summed.dtype)])
+
+    def _beginning(self) -> Memory | None:
+        """The memory with which the segment begins; None: an empty one, of which nothing is kept."""
+        if self._begins == "anew" and not self._goes_on:
+            return None
+        memory = self._memory.fork()
+        if self._begins == "passed":
+            memory.begin_with(self.streams.passed)
+        elif self._begins == "on":
+            # How far they have come makes no difference once their windows are full.
+            memory.advance(self.streams.layers, [self._inputs.shape[1]] * memory.rows)
+        return memory
 
 
-def recorded(run: Callable[[], Tensor]) -> tuple[Tensor, Callable[[], None]]:
+class _Written:
+    """Sees the FAM of the first row after each block."""
+
+    def __init__(self) -> None:
+        self.fams: dict[int, list[Tensor]] = {}  # layer -> (1, N, d) after block 0, 1, ..
+
+    def __call__(self, seen: Attended | Written) -> None:
+        if isinstance(seen, Written):
+            self.fams.setdefault(seen.layer, []).append(seen.fam[:1].detach())
+
+    def after(self, block: Tensor) -> list[Tensor]:
+        """F of each layer after a block, (1,)."""
+        layers = [self.fams[layer] for layer in sorted(self.fams)]
+        return [torch.stack(fams).index_select(0, block)[0] for fams in layers]
+
+
+def graph_pool() -> Any:
+    """Memory for recordings of which one plays at a time."""
+    return torch.cuda.graph_pool_handle()
+
+
+def recorded(run: Callable[[], Tensor], pool: Any) -> tuple[Tensor, Callable[[], None]]:
     """What `run` returns, and what does `run` again and leaves its new result there."""
     aside = torch.cuda.Stream()
     aside.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(aside):
-        for _ in range(_REHEARSALS):
-            run()
+        run()  # a rehearsal: libraries allocate and choose kernels
     torch.cuda.current_stream().wait_stream(aside)
     torch.cuda.empty_cache()  # the recording has memory of its own
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, pool=pool):
         result = run()
     return result, graph.replay

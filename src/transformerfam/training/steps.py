@@ -26,7 +26,7 @@ from transformerfam.extras import require
 from transformerfam.memory import Memory
 from transformerfam.training.batches import Batch
 from transformerfam.training.cross_entropy import weighted_cross_entropy
-from transformerfam.training.curriculum import answers_right
+from transformerfam.training.curriculum import answers_said
 from transformerfam.training.recipe import Recipe
 
 
@@ -68,6 +68,7 @@ class Stepper:
         self.longest = recipe.data.length
         self.right = 0, 0
         self._counts_right = recipe.data.begin_length > 0
+        self._said = torch.zeros(2, 0, dtype=torch.bool)  # `answers_said` of the batch so far
 
     def run(self, step: int, batches: Sequence[Batch]) -> float | None:
         """Add the gradients of the mean loss over all rows of all processes.
@@ -157,7 +158,7 @@ class Stepper:
     ) -> tuple[float, Memory]:
         """(sum of weighted losses, memory after the batch), having gone backward in each segment."""
         segments = list(batch.segments(self.feedback.bptt_blocks * self.base.fam_config.block_size))
-        summed = 0.0
+        summed, self._said = 0.0, torch.zeros(2, len(batch.fresh), dtype=torch.bool)
         for i, segment in enumerate(segments):
             # The last backward of a step sends gradients between processes: all must come to it.
             sends = is_last and i == len(segments) - 1
@@ -171,6 +172,7 @@ class Stepper:
                     self.accelerator.backward((loss + extra) * share)
             summed += float(loss.detach())
             memory = memory.detach()
+        self._count()
         return summed, memory
 
     def _loss(self, segment: Batch, memory: Memory) -> tuple[Tensor, Tensor | float]:
@@ -198,7 +200,7 @@ class Stepper:
         ).logits
         if self._counts_right:
             targets, weights = segment.targets[:, columns], segment.weights[:, columns]
-            self._count(*answers_right(logits.detach(), targets, weights).tolist())
+            self._said |= answers_said(logits.detach(), targets, weights).cpu()
         summed = weighted_cross_entropy(
             logits.flatten(0, 1),
             segment.targets[:, columns].flatten(),
@@ -206,8 +208,11 @@ class Stepper:
         )
         return summed, 0.0 if extra is None else (extra.total() * segment.weights.sum(1)).sum()
 
-    def _count(self, right: float, texts: float) -> None:
-        self.right = self.right[0] + int(right), self.right[1] + int(texts)
+    def _count(self) -> None:
+        """Add the rows of a batch to `right`: an answer may stand in several segments."""
+        answered, wrong = self._said
+        right, texts = int((answered & ~wrong).sum()), int(answered.sum())
+        self.right = self.right[0] + right, self.right[1] + texts
 
     def _auxiliary(self) -> FeedbackLosses | None:
         """What takes the auxiliary losses of a call; None if the recipe has none."""
