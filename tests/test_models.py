@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ from transformerfam import FamConfig, UnsupportedModelError, load, models
 from transformerfam.embedded import ModelError
 from transformerfam.errors import UserError
 from transformerfam.models import ADAPTER_FAM_CONFIG, is_trained, reading_config
+from transformerfam.training import adaptation
+from transformerfam.training.recipe import Recipe, find
 
 IDS = torch.arange(3, 33)[None]
 FAM = FamConfig.paper(block_size=8, memory_segments=1, fam_length=2, first_residual="prompt")
@@ -256,6 +259,20 @@ def test_an_adapter_brings_its_geometry_and_prompt(
         torch.testing.assert_close(logits(model), expected, atol=1e-4, rtol=1e-4)
         assert tokenizer.eos_token == "</s>"
     assert not torch.allclose(logits(load(str(plain), FAM)[0]), expected, atol=1e-2)
+
+
+def test_training_may_go_on_from_the_shipped_adapter(
+    plain: Path, adapter: tuple[Path, torch.Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, expected = adapter
+    monkeypatch.setattr(models, "shipped_adapter", lambda: str(folder))
+    monkeypatch.setattr(models, "embedded_folder", lambda: plain)
+    recipe = replace(Recipe.load(find("smollm2-memory"), ["model.adapter=shipped"]), fam=FAM)
+    model: Any = adaptation.load_for_training(recipe)[0]
+    torch.testing.assert_close(logits(model.eval()), expected, atol=1e-4, rtol=1e-4)
+    elsewhere = replace(recipe, model=replace(recipe.model, base=str(plain)))
+    with pytest.raises(ModelError, match="shipped belongs to the default model"):
+        adaptation.load_for_training(elsewhere)
 
 
 def test_an_adapter_may_come_from_the_hub(

@@ -111,12 +111,8 @@ def load(
     register()
     if adapter is None and (Path(name_or_path) / "adapter_config.json").is_file():
         name_or_path, adapter = _adapted_model(name_or_path), name_or_path
-    elif adapter == SHIPPED:
-        if name_or_path != EMBEDDED:
-            raise ModelError(
-                f"The adapter {SHIPPED} belongs to the default model; leave {name_or_path} out."
-            )
-        adapter = shipped_adapter()
+    elif adapter is not None:
+        adapter = adapter_folder(adapter, name_or_path)
     model, tokenizer = _load_stored(name_or_path, _dtype(dtype))
     # What adapters write down: the name that was given, not a folder in some cache.
     model.config._name_or_path = model.name_or_path = name_or_path
@@ -329,6 +325,19 @@ def _adapter_config(adapter: str, otherwise: FamConfig | None) -> FamConfig:
 def _saved_modules(adapter: str) -> list[str]:
     """The modules that an adapter was trained with: a prompt, gates."""
     return list(_json_values(Path(adapter) / "adapter_config.json").get("modules_to_save") or [])
+
+
+def adapter_folder(adapter: str, base: str) -> str:
+    """The folder or hub name of an adapter of the model `base`, which may be called `SHIPPED`.
+
+    Raises:
+        ModelError: if that is asked for of another model than the default one.
+    """
+    if adapter != SHIPPED:
+        return adapter
+    if base != EMBEDDED:
+        raise ModelError(f"The adapter {SHIPPED} belongs to the default model; leave {base} out.")
+    return shipped_adapter()
 
 
 def put_adapter(model: Any, adapter: str, *, trainable: bool = False) -> Any:

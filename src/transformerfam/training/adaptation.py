@@ -23,7 +23,13 @@ from transformerfam.conversion import initialise_prompt, is_transformerfam
 from transformerfam.embedded import quiet
 from transformerfam.errors import UserError
 from transformerfam.extras import require
-from transformerfam.models import ADAPTER_FAM_CONFIG, is_trained, load, put_adapter
+from transformerfam.models import (
+    ADAPTER_FAM_CONFIG,
+    adapter_folder,
+    is_trained,
+    load,
+    put_adapter,
+)
 from transformerfam.training.recipe import Recipe
 from transformerfam.training.settings import TrainSettings
 
@@ -40,7 +46,8 @@ def load_for_training(recipe: Recipe) -> tuple[Any, Any]:
     model, tokenizer = load(recipe.model.base, recipe.fam, dtype=recipe.model.dtype)
     if not is_trained(model):
         initialise_prompt(model, recipe.model.prompt, recipe.run.seed)
-    return adapt(model, recipe.train, recipe.run.seed, adapter=recipe.model.adapter), tokenizer
+    adapter = adapter_folder(recipe.model.adapter, recipe.model.base)
+    return adapt(model, recipe.train, recipe.run.seed, adapter=adapter), tokenizer
 
 
 def adapt(model: Any, settings: TrainSettings, seed: int, *, adapter: str = "") -> Any:

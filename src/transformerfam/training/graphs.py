@@ -69,7 +69,9 @@ class RecordedStepper(Stepper):
         size, B = self._length, self.base.fam_config.block_size
         whole = batch.filled_up(-(-batch.inputs.shape[1] // size) * size)
         # The first row's last whole block: its FAM is the one that may be passed on.
-        last = (batch.inputs.shape[1] if batch.valid is None else int(batch.valid[0].sum())) // B - 1
+        last = (
+            batch.inputs.shape[1] if batch.valid is None else int(batch.valid[0].sum())
+        ) // B - 1
         begins: Beginning = "anew" if memory.passed_fams is None else "passed"
         summed, left = 0.0, memory
         self._said = torch.zeros(2, memory.rows, dtype=torch.bool)
@@ -230,7 +232,9 @@ class Recording:
         self._targets.copy_(batch.targets)
         self._weights.copy_(batch.weights)
         self._share.fill_(share)
-        self._last.fill_(min(max(last, 0), self._inputs.shape[1] // self._memory.config.block_size - 1))
+        self._last.fill_(
+            min(max(last, 0), self._inputs.shape[1] // self._memory.config.block_size - 1)
+        )
         self._replay()
         summed, *said = self._results.tolist()
         return summed, torch.tensor(said, dtype=torch.bool).view(2, -1)

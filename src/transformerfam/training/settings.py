@@ -21,7 +21,11 @@ class ModelSettings:
     base: str = _setting(
         "smollm2", "a folder, a name on the hub, a .gguf file, or `smollm2`, the embedded model"
     )
-    adapter: str = _setting("", "folder of an adapter of this model to go on from; empty: none")
+    adapter: str = _setting(
+        "",
+        "folder of an adapter of this model to go on from, `shipped` for that of the default model; "
+        "empty: none",
+    )
     prompt: Literal["start", "vocabulary"] = _setting(
         "start",
         "what the FAM prompt of a model that has none starts from: the token that texts start with, "
