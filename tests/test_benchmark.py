@@ -92,24 +92,54 @@ def test_bench_prints_a_table_or_json(fam: Run, folder: str) -> None:
     assert list(found["readers"]["full attention"]["prefill_seconds"]) == ["16"]
 
 
-def test_demo_reads_draws_and_says_that_feedback_is_untrained(
+def test_demo_reads_asks_saves_and_draws(
     fam: Run, folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    small = FamConfig.paper(block_size=64, memory_segments=1, fam_length=0, sink_tokens=4)
+    small = FamConfig(block_size=64, memory_segments=1, fam_length=4)
     loaded = models.load
-    monkeypatch.setattr(demo, "_CONFIG", small)
-    monkeypatch.setattr(models, "load", lambda config: loaded(folder, config))
+    monkeypatch.setattr(models, "load", lambda config=small, adapter=None: loaded(folder, config))
     picture, numbers = tmp_path / "demo.png", tmp_path / "demo.json"
-    args = ["--tokens", "400", "--full-limit", "128", "--out", str(picture), "--json", str(numbers)]
+    args = ["--tokens", "600", "--full-limit", "300", "--out", str(picture), "--json", str(numbers)]
     code, out, _ = fam("demo", *args)
     assert code == 0
-    assert "BSWA + 4 sinks" in out
-    assert "untrained" in out
+    assert "The feedback memory has lost the key." in out  # nothing was trained
+    assert "opened again and asked again: " in out
     assert picture.read_bytes().startswith(b"\x89PNG")
-    variants = {v["name"]: v for v in json.loads(numbers.read_text())["variants"]}
-    assert variants["full"]["tokens"] == 128
-    assert variants["BSWA"]["tokens"] == 400
+    found = json.loads(numbers.read_text())
+    readers = {reader["name"]: reader for reader in found["readers"]}
+    assert list(readers) == ["FAM 4", "without feedback", "full attention"]
+    assert readers["full attention"]["tokens"] == 300
+    assert readers["FAM 4"]["tokens"] == readers["without feedback"]["tokens"] > 300
+    asked = {said.pop("tokens"): list(said) for said in found["answers"]}
+    # Question and answer end with a block.
+    first, second = asked
+    assert 256 - 64 < first < 256 and second == first + 256
+    assert list(asked.values()) == [list(readers), list(readers)[:2]]
+    assert len({sizes["FAM 4"] for sizes in found["memory_bytes"]}) == 1
+    assert len(found["key"]) == 5
     assert fam("demo", "--out", "picture.txt")[0] == 2
+
+
+@pytest.mark.parametrize(
+    ("feedback", "windows", "says"),
+    [
+        ((1, 1, 0), (1, 0, 0), "has the key after 32 tokens, 2 windows back;\nthe same weights"),
+        ((1, 1, 0), (1, 0, 0), "do not, and after 64 it has lost it."),
+        ((1, 1, 1), (1, 0, 0), "has the key after 64 tokens, 4 windows back;\nthe same weights"),
+        ((1, 0, 0), (1, 0, 0), "read more than a window holds"),
+        ((0, 0, 0), (1, 0, 0), "The feedback memory has lost the key."),
+    ],
+)
+def test_demo_says_what_came_of_it(
+    feedback: tuple[int, ...], windows: tuple[int, ...], says: str
+) -> None:
+    model = convert(tiny(), FamConfig(block_size=8, memory_segments=1, fam_length=2))
+    shown = demo.Shown("12345", demo._readers(model, model, 16))
+    fam_name, plain, full = (v.name for v in shown.variants)
+    for tokens, ours, theirs in zip((16, 32, 64), feedback, windows, strict=True):
+        said = {fam_name: ours, plain: theirs, full: True}
+        shown.answers[tokens] = {n: "12345" if right else "1" for n, right in said.items()}
+    assert says in demo._verdict(shown)
 
 
 def test_the_text_of_the_demo_is_long_and_english() -> None:

@@ -1,10 +1,13 @@
-"""`fam demo`: a real model reads a real long text in four ways, side by side."""
+"""`fam demo`: a small real model is told something, reads on far past its window, and is asked."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import random
+import tempfile
 import time
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,35 +18,52 @@ from transformerfam.config import FamConfig
 from transformerfam.errors import UserError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Sequence
 
     from transformerfam.commands._compare import Variant
+    from transformerfam.memory import Memory
 
-HELP = "watch a small real model read a long real text in constant memory"
-# Small blocks, so that a text of a few minutes is many windows long.
-_CONFIG = FamConfig(block_size=256, memory_segments=3, fam_length=0)
+HELP = "watch a small real model remember what it read long ago, in constant memory"
+_ANSWER_TOKENS = 6  # a space and five digits
+_FIRST_ASKED = 256  # tokens read; then after twice as many, and so on
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `fam demo`."""
     parser.description = (
-        "Read the Python language reference, which every Python carries, with full attention as far "
-        "as it fits, with windows, with windows and sinks, and with a feedback memory; print the loss "
-        "and the memory by length, and draw both."
+        "Tell SmolLM2-135M-Instruct a pass key and let it read on in the Python language reference, "
+        "which every Python carries: with its trained feedback memory, with the same weights and "
+        "windows without feedback, and as it was before, with full attention as far as that fits. Ask "
+        "all of them for the key on the way, and the first again from a memory that was saved and "
+        "opened again; draw loss and memory by length."
     )
     parser.add_argument(
         "--tokens",
         metavar="TOKENS",
-        type=options.whole(2),
-        default=6144,
+        type=options.whole(_FIRST_ASKED),
+        default=4096,
         help="how much to read (default: %(default)s)",
     )
     parser.add_argument(
         "--full-limit",
         metavar="TOKENS",
         type=options.whole(2),
-        default=3072,
+        default=2048,
         help="how far full attention reads (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--memory-segments",
+        metavar="M",
+        type=options.whole(0),
+        default=0,
+        help="past blocks that the windows hold (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--seed",
+        metavar="N",
+        type=options.whole(0),
+        default=0,
+        help="of the pass key (default: %(default)s)",
     )
     parser.add_argument(
         "--out",
@@ -55,102 +75,235 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.add_quiet(parser)
 
 
+@dataclass
+class Shown:
+    """What the demo finds.
+
+    Attributes:
+        key: the number that is hidden.
+        variants: the readers.
+        answers: what each said the key is, by tokens read and name.
+        sizes: bytes of their memories, by tokens read and name.
+    """
+
+    key: str
+    variants: list[Variant]
+    answers: dict[int, dict[str, str]] = field(default_factory=dict)
+    sizes: dict[int, dict[str, int]] = field(default_factory=dict)
+
+
 def run(args: argparse.Namespace) -> int:
-    """Read, print the tables, draw the picture."""
+    """Read, ask, talk, draw the picture."""
     from transformerfam import models
-    from transformerfam.commands._compare import comparison, comparison_json, comparison_table
-    from transformerfam.memory import Memory
 
     if Path(args.out).suffix not in (".png", ".svg"):
         raise UserError(f"The picture must be .png or .svg, not {args.out}.")
     progress = report.Progress(quiet=args.quiet)
     progress.note("Loading SmolLM2-135M-Instruct, a language model of 135 million weights.")
-    model, tokenizer = models.load(config=_CONFIG)
-    ids = list(islice(_token_ids(tokenizer), args.tokens))
-    variants = comparison(model, Memory.for_model(model), trained=False, full_limit=args.full_limit)
-    progress.note(_explain(len(ids)))
+    model, tokenizer = _with_memory(args.memory_segments)
+    before, _ = models.load(config=FamConfig(attention="full", fam_length=0))
+    key = str(random.Random(args.seed).randrange(10_000, 100_000))
+    told, question = _words(key)
+    progress.note(_explain(model.fam_config, told, args.tokens))
+    shown = Shown(key, _readers(model, before, args.full_limit))
     started = time.monotonic()
-    sizes = _read(variants, ids, progress)
+    asked = tokenizer(question, add_special_tokens=False).input_ids
+    kept = _read(shown, tokenizer, _token_ids(tokenizer, told, args.tokens), asked, progress)
     progress.clear()
-    took = report.duration(time.monotonic() - started)
-    print(f"Loss in nats a token, by place in the text (read four ways in {took}):\n")
-    print(comparison_table(variants))
-    print(f"\nMemory while reading:\n\n{_sizes_table(variants, sizes)}\n")
-    print(_verdict(variants))
+    print(f"Read by three readers in {report.duration(time.monotonic() - started)}.\n")
+    print(f"Asked on the way:{question} ...\n\n{_answers_table(shown)}\n")
+    print(f"{_sizes_table(shown)}\n\n{_verdict(shown)}\n")
+    print(f"{_reopened(shown, tokenizer, kept, asked)}\n")
     if args.json:
-        _write_json(
-            args.json, {"text": "Python language reference", "variants": comparison_json(variants)}
-        )
-    return _draw(args.out, variants, sizes)
+        _write_json(args.json, shown)
+    return _draw(args.out, shown)
 
 
-def _token_ids(tokenizer: Any) -> Iterator[int]:
+# ---- what is read, by whom
+
+
+def _with_memory(memory_segments: int) -> tuple[Any, Any]:
+    """The default model with its trained memory, in windows of so many past blocks."""
+    from transformerfam import models
+    from transformerfam.conversion import reconfigure
+
+    model, tokenizer = models.load(adapter=models.SHIPPED)
+    return reconfigure(model, model.fam_config.replace(memory_segments=memory_segments)), tokenizer
+
+
+def _words(key: str) -> tuple[str, str]:
+    """What stands before the text, and the question: the words of figure 10."""
+    from transformerfam.data.passkey import INTRODUCTION
+
+    return (
+        f"{INTRODUCTION} The pass key is {key}. Remember it. {key} is the pass key.",
+        " What is the pass key? The pass key is",
+    )
+
+
+def _token_ids(tokenizer: Any, told: str, count: int) -> list[int]:
     from transformerfam.text import TokenIds, language_reference
 
-    return iter(TokenIds(tokenizer, [language_reference()]))
+    return list(islice(TokenIds(tokenizer, [f"{told} {language_reference()}"]), count))
 
 
-def _explain(tokens: int) -> str:
-    B, M = _CONFIG.block_size, _CONFIG.memory_segments
+def _explain(config: FamConfig, told: str, tokens: int) -> str:
+    window = (config.memory_segments + 1) * config.block_size
     return (
-        f"It reads {tokens:,} tokens of the Python language reference, {B} at a time, and always sees "
-        f"the block that it is in and {M} before it: a window of at most {(M + 1) * B:,} tokens."
+        f"It reads {tokens:,} tokens: the words\n\n    {told[told.index('The pass key') :]}\n\n"
+        f"and then the Python language reference.\nIt sees {window:,} tokens at most, and the "
+        f"feedback memory: {config.fam_length} rows in each layer.\nIt is asked where it was taught to "
+        "be: question and answer end with a block."
     )
+
+
+def _readers(model: Any, before: Any, full_limit: int) -> list[Variant]:
+    from transformerfam.commands._compare import RangeLosses, Variant
+    from transformerfam.conversion import twin
+    from transformerfam.memory import Memory
+
+    named = {
+        f"FAM {model.fam_config.fam_length}": model,
+        "without feedback": twin(model, model.fam_config.without_feedback()),
+        "full attention": before,
+    }
+    return [
+        Variant(
+            name=name,
+            model=reader,
+            memory=Memory.for_model(reader),
+            ranges=RangeLosses(_FIRST_ASKED),
+            limit=full_limit if reader is before else None,
+        )
+        for name, reader in named.items()
+    ]
 
 
 def _read(
-    variants: list[Variant], ids: list[int], progress: report.Progress
-) -> list[dict[str, int]]:
-    """Read block by block, all variants in turns; sizes of their memories after each step."""
-    step = 2 * _CONFIG.block_size
-    sizes = []
-    for start in range(0, len(ids), step):
-        for variant in variants:
-            variant.read(ids[start : start + step])
-        sizes.append(
-            {v.name: v.memory.nbytes for v in variants if v.tokens >= min(start + step, len(ids))}
-        )
-        done = min(start + step, len(ids))
-        largest = "   ".join(f"{v.name} {report.size(v.memory.nbytes)}" for v in variants)
-        progress.update(f"{done:,} of {len(ids):,} tokens   {largest}")
-    return sizes
+    shown: Shown,
+    tokenizer: Any,
+    ids: Sequence[int],
+    asked: Sequence[int],
+    progress: report.Progress,
+) -> Memory:
+    """Read bit by bit, all in turns, and ask each time that the text has doubled.
+
+    Returns:
+        A copy of the first reader's memory as it was when it last said the key, or was first asked.
+    """
+    first = shown.variants[0]
+    # Question and answer end with a block, as they do in training.
+    tail = len(asked) + _ANSWER_TOKENS
+    stops = range(_FIRST_ASKED - tail, len(ids) + 1, _FIRST_ASKED)
+    kept = first.memory
+    for count, stop in enumerate(stops, start=1):
+        for variant in shown.variants:
+            variant.read(ids[variant.tokens : stop])
+        there = [v for v in shown.variants if v.tokens == stop]
+        shown.sizes[stop] = {v.name: v.memory.nbytes for v in there}
+        bar = "█" * (count * 20 // len(stops))
+        sizes = "   ".join(f"{v.name} {report.size(v.memory.nbytes)}" for v in there)
+        progress.update(f"{bar:░<20} {stop:,} of {stops[-1]:,} tokens   {sizes}")
+        if count & (count - 1) == 0 or stop == stops[-1]:
+            said = {v.name: _say(v.model, v.memory, tokenizer, asked) for v in there}
+            shown.answers[stop] = said
+            if count == 1 or said[first.name] == shown.key:
+                kept = first.memory.fork()
+    return kept
 
 
-def _sizes_table(variants: list[Variant], sizes: list[dict[str, int]]) -> str:
-    step = 2 * _CONFIG.block_size
-    marks = sorted(
-        {0, 1, len(sizes) // 4, len(sizes) // 2, len(sizes) - 1} & set(range(len(sizes)))
-    )
+# ---- what they say
+
+
+def _say(model: Any, memory: Memory, tokenizer: Any, asked: Sequence[int]) -> str:
+    """The likeliest words behind the question, asked on a copy of the memory."""
+    from transformerfam.stream import generate
+
+    said = generate(model, list(asked), memory.fork(), max_new_tokens=_ANSWER_TOKENS)
+    return " ".join(tokenizer.decode(list(said)).split())
+
+
+def _answers_table(shown: Shown) -> str:
+    names = [v.name for v in shown.variants]
     rows = []
-    for i in marks:
-        cells = [report.size(sizes[i][v.name]) if v.name in sizes[i] else "–" for v in variants]
-        rows.append([f"after {(i + 1) * step:,}", *cells])
-    return report.table(["tokens", *(v.name for v in variants)], rows)
+    for tokens, answers in shown.answers.items():
+        cells = [_marked(answers[n], shown.key) if n in answers else "–" for n in names]
+        rows.append([f"after {tokens:,} tokens", *cells])
+    return report.table(["", *names], rows)
 
 
-def _verdict(variants: list[Variant]) -> str:
-    """What the numbers say, in the order in which they say it."""
-    by_name = {v.name: v for v in variants}
-    full, windows, sinks, fam = (by_name[n] for n in by_name)
-    limit = report.count(full.tokens)
-    lines = [
-        f"Full attention keeps every token and stops here at {limit} of them; the others keep a memory "
-        "that no longer grows once their window is full.",
-        f"Four sink tokens change the loss of windows from {report.loss(windows.loss)} to "
-        f"{report.loss(sinks.loss)} nats.",
+def _sizes_table(shown: Shown) -> str:
+    names = [v.name for v in shown.variants]
+    first = shown.sizes[min(shown.sizes)]
+    # Of a reader that stops early, as it was when it did.
+    last = {name: nbytes for sizes in shown.sizes.values() for name, nbytes in sizes.items()}
+    rows = [
+        [f"memory, {label}", *(report.size(sizes[n]) if n in sizes else "–" for n in names)]
+        for label, sizes in (("at first", first), ("at the end", last))
     ]
-    if fam.loss is not None and sinks.loss is not None and fam.loss > sinks.loss:
-        lines.append(
-            f"The feedback memory has not been trained, and it does harm: {report.loss(fam.loss)} nats. "
-            "Tokens attend to rows that mean nothing yet. What a conversion gives before training is "
-            "the reader with sinks, and that is the default of fam read and fam chat."
+    rows.append(["loss, nats a token", *(report.loss(v.loss) for v in shown.variants)])
+    rows.append(["tokens read", *(f"{v.tokens:,}" for v in shown.variants)])
+    return report.table(["", *names], rows)
+
+
+def _verdict(shown: Shown) -> str:
+    """What the tables say, in words."""
+    fam, windows, full = (v.name for v in shown.variants)
+    config: FamConfig = shown.variants[0].model.fam_config
+    window = (config.memory_segments + 1) * config.block_size
+    right = {
+        name: [n for n, said in shown.answers.items() if said.get(name) == shown.key]
+        for name in (fam, windows, full)
+    }
+    beyond = [n for n in right[fam] if n > window and n not in right[windows]]
+    if beyond:
+        words = (
+            f"The feedback memory has the key after {max(beyond):,} tokens, {max(beyond) // window} "
+            "windows back;\nthe same weights without it do not"
         )
-    return "\n".join(lines)
+        lost = [n for n in shown.answers if n > max(beyond)]
+        words += f", and after {min(lost):,} it has lost it." if lost else "."
+    elif right[fam]:
+        words = "Whoever says the key still sees it: read more than a window holds (--tokens)."
+    else:
+        words = "The feedback memory has lost the key."
+    return words
 
 
-def _write_json(path: str, values: dict[str, Any]) -> None:
+def _reopened(shown: Shown, tokenizer: Any, memory: Memory, asked: Sequence[int]) -> str:
+    """What is said from a memory that was saved and opened again."""
+    from transformerfam.memory import Memory
+
+    model = shown.variants[0].model
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "demo.fam"
+        memory.save(file, model)
+        size = report.size(file.stat().st_size)
+        said = _say(model, Memory.load(file, model), tokenizer, asked)
+    return (
+        f"The memory after {memory.position[0]:,} tokens, saved ({size}), opened again and asked again: "
+        f"{_marked(said, shown.key)}"
+    )
+
+
+def _marked(said: str, key: str) -> str:
+    return f"{said} {'✓' if said == key else '✗'}"
+
+
+# ---- what is kept
+
+
+def _write_json(path: str, shown: Shown) -> None:
+    from transformerfam.commands._compare import comparison_json
     from transformerfam.files import whole_file
 
+    values = {
+        "text": "a pass key and the Python language reference",
+        "key": shown.key,
+        "answers": [{"tokens": n, **said} for n, said in shown.answers.items()],
+        "memory_bytes": [{"tokens": n, **now} for n, now in shown.sizes.items()],
+        "readers": comparison_json(shown.variants),
+    }
     try:
         with whole_file(path) as file:
             file.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
@@ -158,23 +311,22 @@ def _write_json(path: str, values: dict[str, Any]) -> None:
         raise UserError(f"{path} cannot be written: {error.strerror or error}.") from None
 
 
-def _draw(path: str, variants: list[Variant], sizes: list[dict[str, int]]) -> int:
+def _draw(path: str, shown: Shown) -> int:
     from transformerfam.extras import MissingExtraError
     from transformerfam.plots import draw_reading
 
     losses = {
         v.name: [(a, min(b, v.tokens), loss) for a, b, loss in v.ranges.rows() if loss is not None]
-        for v in variants
+        for v in shown.variants
     }
-    step = 2 * _CONFIG.block_size
     by_length = {
-        v.name: [((i + 1) * step, now[v.name]) for i, now in enumerate(sizes) if v.name in now]
-        for v in variants
+        v.name: [(n, now[v.name]) for n, now in shown.sizes.items() if v.name in now]
+        for v in shown.variants
     }
     try:
         draw_reading(path, losses, by_length)
     except MissingExtraError as error:
         print(f"No picture: {error}")
         return 0
-    print(f"\nThe same as a picture: {path}")
+    print(f"Loss and memory by length, as a picture: {path}")
     return 0
