@@ -99,7 +99,8 @@ def _add_real_data(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--adapter",
         metavar="FOLDER",
-        help="for results, table2, table12 and figure11: adapter of the default model (default: none)",
+        help="for results, table2, table12 and figure11: an adapter of the default model, such as "
+        "shipped (default: none)",
     )
     parser.add_argument(
         "--samples",
