@@ -118,7 +118,6 @@ STEPS = [[4 * B, 3 * B], [2 * B + 1, 5 * B - 1], [B - 1, 2 * B], [3 * B - 2, 3 *
     "feedback",
     [
         {"state_passing": 0.7},
-        {"bptt_blocks": 2},
         {"bptt_blocks": 2, "state_passing": 0.7},
         {"bptt_blocks": 2, "state_passing": 0.7, "drawn_segments": (0, 1)},
     ],
