@@ -248,6 +248,16 @@ def adapter(plain: Path, tmp_path: Path) -> tuple[Path, torch.Tensor]:
     return folder, logits(adapted.eval())
 
 
+@pytest.fixture
+def shipped_logits(
+    plain: Path, adapter: tuple[Path, torch.Tensor], monkeypatch: pytest.MonkeyPatch
+) -> torch.Tensor:
+    """What the shipped adapter gives, where `plain` is the default model and `adapter` is shipped."""
+    monkeypatch.setattr(models, "shipped_adapter", lambda: str(adapter[0]))
+    monkeypatch.setattr(models, "embedded_folder", lambda: plain)
+    return adapter[1]
+
+
 def test_an_adapter_brings_its_geometry_and_prompt(
     plain: Path, adapter: tuple[Path, torch.Tensor]
 ) -> None:
@@ -262,14 +272,11 @@ def test_an_adapter_brings_its_geometry_and_prompt(
 
 
 def test_training_may_go_on_from_the_shipped_adapter(
-    plain: Path, adapter: tuple[Path, torch.Tensor], monkeypatch: pytest.MonkeyPatch
+    plain: Path, shipped_logits: torch.Tensor
 ) -> None:
-    folder, expected = adapter
-    monkeypatch.setattr(models, "shipped_adapter", lambda: str(folder))
-    monkeypatch.setattr(models, "embedded_folder", lambda: plain)
     recipe = replace(Recipe.load(find("smollm2-memory"), ["model.adapter=shipped"]), fam=FAM)
     model: Any = adaptation.load_for_training(recipe)[0]
-    torch.testing.assert_close(logits(model.eval()), expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(logits(model.eval()), shipped_logits, atol=1e-4, rtol=1e-4)
     elsewhere = replace(recipe, model=replace(recipe.model, base=str(plain)))
     with pytest.raises(ModelError, match="shipped belongs to the default model"):
         adaptation.load_for_training(elsewhere)
@@ -320,14 +327,11 @@ def test_an_adapter_may_be_used_with_another_geometry(
 
 
 def test_the_shipped_adapter_goes_on_the_default_model_alone(
-    plain: Path, adapter: tuple[Path, torch.Tensor], monkeypatch: pytest.MonkeyPatch
+    plain: Path, shipped_logits: torch.Tensor
 ) -> None:
-    folder, expected = adapter
-    monkeypatch.setattr(models, "shipped_adapter", lambda: str(folder))
-    monkeypatch.setattr(models, "embedded_folder", lambda: plain)
     shipped: Any = load(adapter=models.SHIPPED)[0]
     assert is_trained(shipped)
-    torch.testing.assert_close(logits(shipped), expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(logits(shipped), shipped_logits, atol=1e-4, rtol=1e-4)
     assert load()[0].fam_config == reading_config()
     with pytest.raises(ModelError, match="shipped belongs to the default model"):
         load(str(plain), adapter=models.SHIPPED)

@@ -93,8 +93,9 @@ class Shown:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Read, ask, talk, draw the picture."""
+    """Read, ask, save, ask again, draw the picture."""
     from transformerfam import models
+    from transformerfam.data.passkey import INTRODUCTION, pass_key
 
     if Path(args.out).suffix not in (".png", ".svg"):
         raise UserError(f"The picture must be .png or .svg, not {args.out}.")
@@ -103,12 +104,13 @@ def run(args: argparse.Namespace) -> int:
     model, tokenizer = _with_memory(args.memory_segments)
     before, _ = models.load(config=FamConfig(attention="full", fam_length=0))
     key = str(random.Random(args.seed).randrange(10_000, 100_000))
-    told, question = _words(key)
-    progress.note(_explain(model.fam_config, told, args.tokens))
+    told = pass_key(key)
+    begin, question = f"{INTRODUCTION} {told.sentence}", f" {told.question} {told.stem}"
+    progress.note(_explain(model.fam_config, told.sentence, args.tokens))
     shown = Shown(key, _readers(model, before, args.full_limit))
     started = time.monotonic()
     asked = tokenizer(question, add_special_tokens=False).input_ids
-    kept = _read(shown, tokenizer, _token_ids(tokenizer, told, args.tokens), asked, progress)
+    kept = _read(shown, tokenizer, _token_ids(tokenizer, begin, args.tokens), asked, progress)
     progress.clear()
     print(f"Read by three readers in {report.duration(time.monotonic() - started)}.\n")
     print(f"Asked on the way:{question} ...\n\n{_answers_table(shown)}\n")
@@ -131,26 +133,16 @@ def _with_memory(memory_segments: int) -> tuple[Any, Any]:
     return reconfigure(model, model.fam_config.replace(memory_segments=memory_segments)), tokenizer
 
 
-def _words(key: str) -> tuple[str, str]:
-    """What stands before the text, and the question: the words of figure 10."""
-    from transformerfam.data.passkey import INTRODUCTION
-
-    return (
-        f"{INTRODUCTION} The pass key is {key}. Remember it. {key} is the pass key.",
-        " What is the pass key? The pass key is",
-    )
-
-
-def _token_ids(tokenizer: Any, told: str, count: int) -> list[int]:
+def _token_ids(tokenizer: Any, begin: str, count: int) -> list[int]:
     from transformerfam.text import TokenIds, language_reference
 
-    return list(islice(TokenIds(tokenizer, [f"{told} {language_reference()}"]), count))
+    return list(islice(TokenIds(tokenizer, [f"{begin} {language_reference()}"]), count))
 
 
 def _explain(config: FamConfig, told: str, tokens: int) -> str:
     window = (config.memory_segments + 1) * config.block_size
     return (
-        f"It reads {tokens:,} tokens: the words\n\n    {told[told.index('The pass key') :]}\n\n"
+        f"It reads {tokens:,} tokens: the words\n\n    {told}\n\n"
         f"and then the Python language reference.\nIt sees {window:,} tokens at most, and the "
         f"feedback memory: {config.fam_length} rows in each layer.\nIt is asked where it was taught to "
         "be: question and answer end with a block."
@@ -248,12 +240,12 @@ def _sizes_table(shown: Shown) -> str:
 
 def _verdict(shown: Shown) -> str:
     """What the tables say, in words."""
-    fam, windows, full = (v.name for v in shown.variants)
+    fam, windows, _ = (v.name for v in shown.variants)
     config: FamConfig = shown.variants[0].model.fam_config
     window = (config.memory_segments + 1) * config.block_size
     right = {
         name: [n for n, said in shown.answers.items() if said.get(name) == shown.key]
-        for name in (fam, windows, full)
+        for name in (fam, windows)
     }
     beyond = [n for n in right[fam] if n > window and n not in right[windows]]
     if beyond:

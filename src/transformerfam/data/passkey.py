@@ -201,7 +201,7 @@ class PasskeyTexts:
         while len(found) < self.keys:
             found[str(rng.randrange(10 ** (self.digits - 1), 10**self.digits))] = None
         names: list[str | None] = [None] if self.keys == 1 else [*rng.sample(NAMES, self.keys)]
-        return [_told(name, key) for name, key in zip(names, found, strict=True)]
+        return [pass_key(key, name) for name, key in zip(names, found, strict=True)]
 
     def _questions(self, things: Sequence[Told]) -> list[tuple[list[int], list[int]]]:
         """Token ids of each question and of its answer, in the order in which they are asked."""
@@ -253,7 +253,8 @@ def prose(tokenizer: Any, texts: Sequence[str], digits: int = 5) -> Haystack:
     return Haystack(Encoder(tokenizer), texts, number, f"without a number of {digits} digits")
 
 
-def _told(name: str | None, key: str) -> Told:
+def pass_key(key: str, name: str | None = None) -> Told:
+    """How a key, maybe someone's, is told and asked for (figure 10)."""
     what = "pass key" if name is None else f"pass key of {name}"
     return Told(
         sentence=f"The {what} is {key}. Remember it. {key} is the {what}.",
