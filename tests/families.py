@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
 import torch
 import transformers
 from transformers import PreTrainedModel
+
+from transformerfam import FamConfig, convert, reconfigure
 
 VOCABULARY = 64
 
@@ -71,6 +74,25 @@ def tiny(
             noise = torch.randn_like(parameter)
             parameter.copy_(noise * 0.15 if parameter.dim() > 1 else parameter + noise * 0.1)
     return model.to(dtype).eval()
+
+
+_WINDOWS = FamConfig.paper(fam_length=0)
+_CONVERTED: dict[str, PreTrainedModel] = {}
+
+
+def converted(
+    config: FamConfig,
+    family: str = "Llama",
+    dtype: torch.dtype = torch.float64,
+    seed: int = 0,
+    **changes: Any,
+) -> Any:
+    """A tiny model as a TransformerFAM: what converting it would give, without its rehearsal."""
+    key = repr((family, dtype, seed, changes))
+    if key not in _CONVERTED:
+        _CONVERTED[key] = convert(tiny(family, dtype, seed, **changes), _WINDOWS)
+    torch.manual_seed(seed)
+    return reconfigure(copy.deepcopy(_CONVERTED[key]), config)
 
 
 def some_tokens(rows: int, length: int, seed: int = 0) -> torch.Tensor:

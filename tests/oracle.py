@@ -152,7 +152,7 @@ def oracle(
             _, output_keys, output_values = project(layer, output)
             for i in range(len(hidden)):
                 outputs[depth].append(Key(output_keys[i], output_values[i], start + first + i))
-            if block_is_finished:
+            if block_is_finished and config.compressive_memory != "none":
                 sums[depth].write(keys, values)
 
             if N > 0 and block_is_finished:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from command_line import Run
-from families import some_tokens, tiny
+from families import converted, some_tokens, tiny
 from peft import PeftModel
 from safetensors.torch import load_file
 from test_trainer import BASE, Counting, recipe, trainer
@@ -17,7 +17,7 @@ from tiny_tokenizer import tiny_tokenizer
 from torch import Tensor
 
 import transformerfam
-from transformerfam import Memory, convert
+from transformerfam import Memory
 from transformerfam.data.rows import Piece
 from transformerfam.errors import UserError
 from transformerfam.models import ModelError, is_trained, put_adapter
@@ -83,7 +83,7 @@ def test_an_adapter_loads_to_the_model_that_was_trained(
     assert model.fam_config == made.fam and is_trained(model)
     assert_same(model, trained)
 
-    by_hand = convert(tiny(family, dtype=torch.float32), made.fam)
+    by_hand = converted(made.fam, family, dtype=torch.float32)
     assert_same(PeftModel.from_pretrained(by_hand, str(tmp_path / "adapter")), trained)
 
     code, _, err = fam("merge", str(tmp_path / "adapter"), str(tmp_path / "merged"), "--quiet")
@@ -208,7 +208,7 @@ def test_going_on_with_the_prompt_alone_leaves_matrices_as_they_are(tmp_path: Pa
 @pytest.mark.parametrize("layers", [1, 4])
 def test_an_adapter_of_another_number_of_layers_is_refused(layers: int, tmp_path: Path) -> None:
     trained_on(short(tmp_path, base_folder(tmp_path)))
-    other = convert(tiny(dtype=torch.float32, num_hidden_layers=layers), recipe().fam)
+    other = converted(recipe().fam, dtype=torch.float32, num_hidden_layers=layers)
     with pytest.raises(ModelError, match=r"\(.* is in one of both alone\)"):
         put_adapter(other, str(tmp_path / "adapter"))
 
@@ -216,10 +216,10 @@ def test_an_adapter_of_another_number_of_layers_is_refused(layers: int, tmp_path
 @pytest.mark.parametrize("target", ["lm_head", "embed_tokens"])
 def test_embeddings_that_are_the_head_too_are_no_targets(target: str) -> None:
     made = recipe(train={"targets": [target, "q_proj"]})
-    tied = convert(tiny(dtype=torch.float32, tie_word_embeddings=True), made.fam)
+    tied = converted(made.fam, dtype=torch.float32, tie_word_embeddings=True)
     with pytest.raises(UserError, match="leave embed_tokens and lm_head out"):
         adaptation.adapt(tied, made.train, 0)
-    own = convert(tiny(dtype=torch.float32, tie_word_embeddings=False), made.fam)
+    own = converted(made.fam, dtype=torch.float32, tie_word_embeddings=False)
     adaptation.adapt(own, made.train, 0)
 
 
@@ -241,7 +241,7 @@ def test_equal_recipes_begin_alike_and_another_seed_otherwise(what: str, tmp_pat
 
 def test_lora_starts_as_the_model_that_it_changes() -> None:
     made = recipe()
-    model = convert(tiny(dtype=torch.float32), made.fam)
+    model = converted(made.fam, dtype=torch.float32)
     before = logits(model)
     assert torch.equal(logits(adaptation.adapt(model, made.train, 0)), before)
 
@@ -253,7 +253,7 @@ def test_lora_starts_as_the_model_that_it_changes() -> None:
 )
 def test_targets_name_the_matrices(targets: list[str], matrices: int) -> None:
     made = recipe(train={"targets": targets})
-    model = adaptation.adapt(convert(tiny(dtype=torch.float32), made.fam), made.train, 0)
+    model = adaptation.adapt(converted(made.fam, dtype=torch.float32), made.train, 0)
     names = adaptation.trained_parameters(model)
     assert len([name for name in names if "lora_A" in name]) == 3 * matrices
     assert not [name for name in names if "lm_head" in name]
@@ -265,7 +265,7 @@ def test_targets_name_the_matrices(targets: list[str], matrices: int) -> None:
 def test_wrong_targets_are_refused_in_a_sentence() -> None:
     made = recipe(train={"targets": ["query", "attn"]})
     with pytest.raises(UserError) as refusal:
-        adaptation.adapt(convert(tiny(dtype=torch.float32), made.fam), made.train, 0)
+        adaptation.adapt(converted(made.fam, dtype=torch.float32), made.train, 0)
     assert str(refusal.value) == (
         "LoRA finds no matrices called query, attn in this model; see train.targets."
     )
@@ -284,7 +284,7 @@ def test_an_adapter_that_does_not_fit_is_refused_in_a_sentence(
     if adapter == "other shape":
         made = short(tmp_path, base_folder(tmp_path, hidden_size=48))
         trained_on(made)
-    model = convert(tiny(dtype=torch.float32), recipe().fam)
+    model = converted(recipe().fam, dtype=torch.float32)
     with pytest.raises(UserError) as refusal:
         adaptation.adapt(model, recipe().train, 0, adapter=str(folder))
     message = str(refusal.value)
@@ -312,7 +312,7 @@ def test_half_precision_trains_wide_weights_through_several_calls(
         run={"precision": precision, "steps": 3, "activation_checkpointing": True},
     )
     torch.manual_seed(0)
-    model = convert(tiny(dtype=getattr(torch, dtype)), made.fam)
+    model = converted(made.fam, dtype=getattr(torch, dtype))
     model = adaptation.adapt(model, made.train, 0)
     parameters = adaptation.trained_parameters(model)
     assert {p.dtype for p in parameters.values()} == {torch.float32}

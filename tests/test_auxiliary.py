@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from families import FAMILIES, some_tokens, tiny
+from families import FAMILIES, converted, some_tokens, tiny
 from oracle import Key as OracleKey
 from oracle import attend, fam_keys, make_exact, oracle, project
 from test_steps import B, assert_same, batch, gradients, recipe, stepper
@@ -113,7 +113,7 @@ def test_a_call_that_finishes_no_block_adds_nothing() -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_hands_them_down(family: str) -> None:
-    model: Any = convert(tiny(family, torch.float32), CONFIG)
+    model: Any = converted(CONFIG, family, torch.float32)
     losses = FeedbackLosses(1.0, 1.0)
     with torch.no_grad():
         model(some_tokens(1, B), use_cache=False, fam_losses=losses)

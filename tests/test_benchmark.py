@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from families import some_tokens, tiny
+from families import converted, some_tokens, tiny
 
-from transformerfam import FamConfig, benchmark, convert, models
+from transformerfam import FamConfig, benchmark, models
 from transformerfam.commands import bench, demo
 from transformerfam.text import language_reference
 
@@ -22,7 +22,7 @@ def test_readers_share_weights_and_the_last_is_the_original() -> None:
     ids = some_tokens(1, 40)
     with torch.no_grad():
         original = tiny()(ids).logits
-    model = convert(tiny(), CONFIG)
+    model = converted(CONFIG)
     fam, windows, full = benchmark.readers(model, CONFIG)
     assert fam.model.fam_config == CONFIG
     assert windows.model.fam_config == CONFIG.without_feedback()
@@ -51,7 +51,7 @@ def test_every_geometry_is_measured_under_its_own_name(
 ) -> None:
     monkeypatch.setattr(benchmark, "gauge_of_bytes", lambda: None)  # a second for each call
     config = GEOMETRIES[ratio]
-    model = convert(tiny(dtype=torch.float32), CONFIG)
+    model = converted(CONFIG, dtype=torch.float32)
     ((length, readers),) = benchmark.run(model, config, (16,), chunk=16, decode_tokens=1)
     assert (length, len(readers)) == (16, 2 if ratio.endswith("full") else 3)
     text = bench._as_text(readers, config)
@@ -62,7 +62,7 @@ def test_every_geometry_is_measured_under_its_own_name(
 
 @pytest.mark.slow
 def test_sizes_and_times_by_length() -> None:
-    model = convert(tiny(), CONFIG)
+    model = converted(CONFIG)
     seen = {}
     for length, readers in benchmark.run(model, CONFIG, (16, 64), chunk=12, decode_tokens=2):
         seen[length] = {reader.name: reader for reader in readers}
@@ -133,7 +133,7 @@ def test_demo_reads_asks_saves_and_draws(
 def test_demo_says_what_came_of_it(
     feedback: tuple[int, ...], windows: tuple[int, ...], says: str
 ) -> None:
-    model = convert(tiny(), FamConfig(block_size=8, memory_segments=1, fam_length=2))
+    model = converted(FamConfig(block_size=8, memory_segments=1, fam_length=2))
     shown = demo.Shown("12345", demo._readers(model, model, 16))
     fam_name, plain, full = (v.name for v in shown.variants)
     for tokens, ours, theirs in zip((16, 32, 64), feedback, windows, strict=True):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from families import some_tokens, tiny
+from families import converted, some_tokens, tiny
 from oracle import CompressiveMemory, oracle
 from safetensors.torch import load_file
 from test_adaptation import base_folder, loaded, logits, short, trained_on
@@ -75,7 +75,7 @@ def test_the_delta_rule_writes_what_is_not_known_by_hand() -> None:
 @pytest.mark.parametrize("name", CONFIGS)
 @torch.no_grad()
 def test_block_0_is_local_attention_to_the_bit(name: str) -> None:
-    model = opened(convert(tiny(), CONFIGS[name]))
+    model = opened(converted(CONFIGS[name]))
     windows = twin(model, CONFIGS[name].without_feedback())
     for pieces in ([4 * B + 2], [B - 2, 2, 3 * B + 2]):
         ours, theirs = (stream(m, IDS, pieces)[0] for m in (model, windows))
@@ -87,7 +87,7 @@ def test_block_0_is_local_attention_to_the_bit(name: str) -> None:
 def test_it_carries_what_no_window_can() -> None:
     other = IDS.clone()
     other[:, 0] = 3 + (other[:, 0] - 2) % 60
-    model = opened(convert(tiny(num_hidden_layers=1), DELTA))
+    model = opened(converted(DELTA, num_hidden_layers=1))
     changed = model(IDS).logits != model(other).logits
     assert bool(changed[:, -1].any(-1).all())
     windows = reconfigure(model, DELTA.without_feedback())
@@ -96,7 +96,7 @@ def test_it_carries_what_no_window_can() -> None:
 
 @pytest.mark.parametrize("stop", [False, True])
 def test_a_stopped_gradient_does_stop(stop: bool) -> None:
-    model = opened(convert(tiny(num_hidden_layers=1), DELTA.replace(stop_gradient=stop)))
+    model = opened(converted(DELTA.replace(stop_gradient=stop), num_hidden_layers=1))
     embeds = model.get_input_embeddings()(some_tokens(1, 3 * B)).detach().requires_grad_()
     model(inputs_embeds=embeds).logits[0, -1].sum().backward()
     assert bool(embeds.grad[0, : 2 * B].any()) == (not stop)
@@ -109,7 +109,7 @@ def test_a_stopped_gradient_does_stop(stop: bool) -> None:
 @pytest.mark.parametrize("name", CONFIGS)
 @torch.no_grad()
 def test_any_split_any_company_saved_and_resumed(name: str, tmp_path: Path) -> None:
-    model = opened(convert(tiny(), CONFIGS[name]))
+    model = opened(converted(CONFIGS[name]))
     expected = torch.cat([stream(model, row[None], [len(row)])[0] for row in IDS])
     for pieces in ([IDS.shape[1]], [1] * IDS.shape[1], [5, 2 * B, 1, 2 * B - 4]):
         said, memory = stream(model, IDS, pieces)
@@ -124,7 +124,7 @@ def test_any_split_any_company_saved_and_resumed(name: str, tmp_path: Path) -> N
 
 @torch.no_grad()
 def test_a_row_of_a_ragged_batch_equals_the_row_alone() -> None:
-    model = opened(convert(tiny(), CONFIGS["delta, M2"]))
+    model = opened(converted(CONFIGS["delta, M2"]))
     mask = torch.ones_like(IDS)
     mask[0, :9], mask[1, 3:5], mask[1, -4:] = 0, 0, 0
     memory = model(IDS, attention_mask=mask, use_cache=True).past_key_values
@@ -138,7 +138,7 @@ def test_a_row_of_a_ragged_batch_equals_the_row_alone() -> None:
 
 
 def test_the_state_is_a_matrix_for_each_head() -> None:
-    model = convert(tiny(dtype=torch.bfloat16), DELTA)
+    model = converted(DELTA, dtype=torch.bfloat16)
     with torch.no_grad():
         memory = model(IDS).past_key_values
     rows, heads, features = 2, 2, 8
@@ -184,7 +184,7 @@ def test_a_family_with_one_matrix_for_all_three_equals_the_oracle() -> None:
 @pytest.mark.parametrize("family", ["Cohere 2", "GPT-NeoX", "Gemma 2", "Mixtral", "gpt-oss"])
 @torch.no_grad()
 def test_whole_equals_pieces_in_other_families(family: str) -> None:
-    model = opened(convert(tiny(family, torch.float32), CONFIGS["linear, M1"]))
+    model = opened(converted(CONFIGS["linear, M1"], family, torch.float32))
     said, _ = stream(model, IDS, [5, 3, 1, B, 2 * B - 1])
     torch.testing.assert_close(said, model(IDS).logits, rtol=0, atol=5e-5)
 
@@ -212,7 +212,7 @@ def test_gates_come_nearly_shut_stay_and_go() -> None:
 
 
 def test_gates_are_saved_and_loaded(tmp_path: Path) -> None:
-    model = opened(convert(tiny(), DELTA))
+    model = opened(converted(DELTA))
     model.save_pretrained(tmp_path)
     again = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float64).eval()
     assert again.fam_config == DELTA
@@ -220,7 +220,7 @@ def test_gates_are_saved_and_loaded(tmp_path: Path) -> None:
 
 
 def test_gates_are_part_of_who_made_a_memory_if_they_are_used() -> None:
-    model = convert(tiny(), DELTA)
+    model = converted(DELTA)
     windows = twin(model, DELTA.without_feedback())
     names = [fingerprint(m) for m in (model, windows)]
     opened(model)
@@ -254,7 +254,7 @@ def test_an_adapter_of_windows_leaves_the_gates_to_the_model(tmp_path: Path) -> 
     base = base_folder(tmp_path)
     trained_on(short(tmp_path, base, fam={"block_size": B, "fam_length": 0}))
     model = put_adapter(
-        convert(tiny(dtype=torch.float32), DELTA), str(tmp_path / "adapter"), trainable=True
+        converted(DELTA, dtype=torch.float32), str(tmp_path / "adapter"), trainable=True
     )
     assert not is_trained(load(str(tmp_path / "adapter"), DELTA)[0])
     assert any("memory_gates" in name for name in adaptation.trained_parameters(model))

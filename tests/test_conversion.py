@@ -22,6 +22,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
+from variants import VARIANTS
 
 from transformerfam import (
     FamConfig,
@@ -45,6 +46,17 @@ def logits(model: PreTrainedModel, ids: Tensor = IDS, **options: Any) -> Tensor:
 
 
 # ---- what conversion changes
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile:UserWarning")
+def test_so_many_tokens_are_read_as_the_original_model_reads_them(name: str) -> None:
+    config = VARIANTS[name]
+    plain = LENGTH if config.plain_length is None else config.plain_length
+    read, original = logits(convert(tiny(), config)), logits(tiny())
+    torch.testing.assert_close(read[:, :plain], original[:, :plain], atol=1e-5, rtol=0)
+    if plain and plain < LENGTH:  # and no further
+        assert not torch.allclose(read[:, plain:], original[:, plain:], atol=1e-5)
 
 
 def test_the_prompt_is_the_only_new_parameter() -> None:

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 from command_line import Run, refused
-from families import some_tokens, tiny
+from families import converted, some_tokens, tiny
 
-from transformerfam import FamConfig, convert, evaluate
+from transformerfam import FamConfig, evaluate
 from transformerfam.answers import panels_of
 from transformerfam.errors import UserError
 from transformerfam.tasks.cases import Case
@@ -23,7 +23,7 @@ CONFIG = FamConfig.paper(block_size=8, memory_segments=1, fam_length=2)
 
 @pytest.fixture(scope="module")
 def model() -> Any:
-    return convert(tiny(), CONFIG)
+    return converted(CONFIG)
 
 
 def case(length: int = 20, count: int = 3) -> Case:
@@ -47,6 +47,33 @@ def test_readers_share_weights_and_differ_in_windows(model: Any) -> None:
         torch.testing.assert_close(found[3].model(ids).logits, expected, atol=1e-5, rtol=0)
     with pytest.raises(UserError, match="no reader all; there are model, bswa"):
         evaluate.readers(model, ["all"], full_limit=None)
+
+
+def test_readers_that_cannot_differ_yet_are_asked_once(
+    model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    readers = evaluate.readers(model, ["model", "bswa", "sinks", "full"], full_limit=None)
+    other = evaluate.Reader("other", converted(FamConfig(attention="full", fam_length=0), seed=1))
+    asked: list[Any] = []
+    ask = Recite.ask
+
+    def noted(self: Recite, model: Any) -> dict[str, Any]:
+        asked.append(model)
+        return ask(self, model)
+
+    monkeypatch.setattr(Recite, "ask", noted)
+    # A block of 8, a window of 16 without feedback, and what lies beyond both.
+    for length, alike in ((7, [0, 0, 0, 0, 4]), (15, [0, 1, 1, 1, 4]), (16, [0, 1, 2, 3, 4])):
+        asked.clear()
+        results = evaluate.Results(tmp_path / str(length), readers, seed=0)
+        asks = evaluate.plan([*readers, other], [case(length=length, count=2)])
+        lines = [line for _, line in evaluate.evaluate(asks, results)]
+        models = [*(reader.model for reader in readers), other.model]
+        assert asked == [models[n] for n in sorted(set(alike))] * 2
+        for ask_, line, n in zip(asks, lines, alike * 2, strict=True):
+            question: Any = ask_.case.make(ask_.number)
+            assert line["metrics"] == ask(question, ask_.reader.model)
+            assert ("same_as" in line) == (models.index(ask_.reader.model) != n)
 
 
 def test_what_was_asked_is_kept_and_not_asked_again(model: Any, tmp_path: Path) -> None:
@@ -92,11 +119,11 @@ def test_processes_share_a_folder(model: Any, tmp_path: Path) -> None:
 
 def test_results_of_something_else_are_not_mixed(model: Any, tmp_path: Path) -> None:
     evaluate.Results(tmp_path, evaluate.readers(model, ["model"], full_limit=None), seed=0)
-    other = evaluate.readers(convert(tiny(seed=1), CONFIG), ["model"], full_limit=None)
+    other = evaluate.readers(converted(CONFIG, seed=1), ["model"], full_limit=None)
     with pytest.raises(UserError, match="holds results of another model; choose another"):
         evaluate.Results(tmp_path, other, seed=0)
     windows = evaluate.readers(
-        convert(tiny(), CONFIG.replace(memory_segments=2)), ["model"], full_limit=None
+        converted(CONFIG.replace(memory_segments=2)), ["model"], full_limit=None
     )
     with pytest.raises(UserError, match="another geometry of the reader model"):
         evaluate.Results(tmp_path, windows, seed=0)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from families import some_tokens, tiny
+from families import converted, some_tokens, tiny
 from transformers import AutoModelForCausalLM
 
 from transformerfam import FamConfig, Memory, convert, reconfigure
@@ -35,7 +35,7 @@ def test_a_prefix_starts_as_what_each_layer_reads() -> None:
 
 
 def test_prompt_and_prefix_give_way_to_each_other() -> None:
-    model: Any = convert(tiny(), PREFIX)
+    model: Any = converted(PREFIX)
     kept = model.model.fam_prompt
     assert reconfigure(model, PREFIX.replace(memory_segments=2)).model.fam_prompt is kept
     assert reconfigure(model, STATIC).model.fam_prompt.weight.shape == (N, 32)
@@ -44,7 +44,7 @@ def test_prompt_and_prefix_give_way_to_each_other() -> None:
 
 @pytest.mark.parametrize("config", [PREFIX, STATIC], ids=["prefix", "static"])
 def test_rows_that_begin_anew_begin_as_new_streams(config: FamConfig) -> None:
-    model: Any = convert(tiny(), config)
+    model: Any = converted(config)
     ids = some_tokens(2, 4 * B)
     with torch.no_grad():
         memory = Memory.for_model(model, 2)
@@ -59,10 +59,10 @@ def test_rows_that_begin_anew_begin_as_new_streams(config: FamConfig) -> None:
 
 
 def test_a_prefix_is_an_f_that_another_stream_left() -> None:
-    model: Any = convert(tiny(), PREFIX)
+    model: Any = converted(PREFIX)
     ids = some_tokens(2, 2 * B + 1)
     rows = model.model.fam_prompt.weight.detach().split(N)
-    passed: Any = convert(tiny(), PREFIX.replace(fam_start="prompt"))
+    passed: Any = converted(PREFIX.replace(fam_start="prompt"))
     memory = Memory.for_model(passed, 2)
     memory.begin_with([row[None] for row in rows])
     with torch.no_grad():
@@ -83,7 +83,7 @@ def test_static_queries_refuse_the_fam_of_another() -> None:
 
 
 def test_what_static_queries_ask_is_kept_from_block_0_on() -> None:
-    model: Any = convert(tiny(), STATIC)
+    model: Any = converted(STATIC)
     ids, memory = some_tokens(1, 5 * B), Memory.for_model(model)
     kept = []
     with torch.no_grad():
@@ -103,7 +103,7 @@ def test_what_static_queries_ask_is_kept_from_block_0_on() -> None:
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_a_prefix_learns_in_every_layer(checkpointing: bool) -> None:
-    model: Any = convert(tiny(), PREFIX).train()
+    model: Any = converted(PREFIX).train()
     if checkpointing:
         model.activation_checkpointing_enable()
     model(some_tokens(1, 3 * B), use_cache=False).logits.logsumexp(-1).sum().backward()
@@ -112,7 +112,7 @@ def test_a_prefix_learns_in_every_layer(checkpointing: bool) -> None:
 
 
 def test_a_prefix_is_saved_and_trained_as_the_prompt_is(tmp_path: Path) -> None:
-    model: Any = convert(tiny(dtype=torch.float32), PREFIX)
+    model: Any = converted(PREFIX, dtype=torch.float32)
     initialise_prompt(model, "vocabulary", seed=1)
     model.save_pretrained(tmp_path / "whole")
     again: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "whole")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from families import FAMILIES, some_tokens, tiny
+from families import FAMILIES, converted, some_tokens, tiny
 
 from transformerfam import FamConfig, convert, reconfigure
 
@@ -24,9 +24,8 @@ def test_feedback_off_and_a_window_that_holds_all_is_the_original(family: str) -
         plain = (
             original if length == LENGTH else tiny(family, torch.float32)(ids[:, :length]).logits
         )
-        model = convert(
-            tiny(family, torch.float32),
-            FamConfig.paper(block_size=8, memory_segments=5, fam_length=0),
+        model = converted(
+            FamConfig.paper(block_size=8, memory_segments=5, fam_length=0), family, torch.float32
         )
         torch.testing.assert_close(model(ids[:, :length]).logits, plain, rtol=0, atol=1e-5)
 
@@ -37,8 +36,8 @@ def test_the_first_block_is_the_original_whatever_the_feedback(family: str) -> N
     """No token of block 0 sees a FAM, so short texts lose nothing by the conversion."""
     ids = some_tokens(1, 8)
     original = tiny(family, torch.float32)(ids).logits
-    model = convert(
-        tiny(family, torch.float32), FamConfig.paper(block_size=8, memory_segments=1, fam_length=3)
+    model = converted(
+        FamConfig.paper(block_size=8, memory_segments=1, fam_length=3), family, torch.float32
     )
     torch.testing.assert_close(model(ids).logits, original, rtol=0, atol=1e-5)
 
@@ -47,7 +46,7 @@ def test_the_first_block_is_the_original_whatever_the_feedback(family: str) -> N
 @torch.no_grad()
 def test_whole_equals_pieces_with_feedback_and_sinks(family: str) -> None:
     config = FamConfig.paper(block_size=8, memory_segments=1, fam_length=3, sink_tokens=2)
-    model = convert(tiny(family, torch.float32), config)
+    model = converted(config, family, torch.float32)
     ids = some_tokens(2, LENGTH)
     whole = model(ids).logits
     memory, pieces = None, []
@@ -63,8 +62,8 @@ def test_whole_equals_pieces_with_feedback_and_sinks(family: str) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_gradients_reach_the_prompt_and_every_layer(family: str) -> None:
-    model = convert(
-        tiny(family, torch.float32), FamConfig.paper(block_size=8, memory_segments=0, fam_length=3)
+    model = converted(
+        FamConfig.paper(block_size=8, memory_segments=0, fam_length=3), family, torch.float32
     )
     model(some_tokens(1, 24), use_cache=False).logits[0, 16:].square().sum().backward()
     assert model.get_decoder().fam_prompt.weight.grad.abs().max() > 0

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from families import some_tokens, tiny
+from families import converted, some_tokens, tiny
 from oracle import oracle
 from test_training import B, assert_same, build, carried, checkpointed, whole
 from torch import Tensor
@@ -69,7 +69,7 @@ def test_dropout_of_attention_is_drawn_once_and_repeated_under_checkpointing() -
 def test_a_stopped_gradient_does_stop(stop: bool) -> None:
     """The last token's gradient at the embeddings of earlier blocks, in a model of one layer."""
     config = CONFIG.replace(stop_gradient=stop, sink_tokens=0)
-    model = convert(tiny(num_hidden_layers=1), config)
+    model = converted(config, num_hidden_layers=1)
     embeds = model.get_input_embeddings()(some_tokens(1, 4 * B)).detach().requires_grad_()
     model(inputs_embeds=embeds).logits[0, -1].sum().backward()
     reached = embeds.grad[0].abs().amax(1) > 0
@@ -85,7 +85,7 @@ def test_outputs_carry_in_one_layer_what_inputs_cannot() -> None:
     other[0, 0] = 3 + (other[0, 0] - 2) % 60
     for source, connected in (("input", False), ("output", True)):
         config = CONFIG.replace(memory_source=source, memory_segments=1, sink_tokens=0)
-        model = convert(tiny(num_hidden_layers=1), config)
+        model = converted(config, num_hidden_layers=1)
         difference = (model(ids).logits[0, -1] - model(other).logits[0, -1]).abs().max()
         assert bool(difference > 0) == connected
 
@@ -100,19 +100,19 @@ def test_a_family_with_one_matrix_for_all_three_equals_the_oracle() -> None:
 @pytest.mark.parametrize("family", ["Cohere 2", "GPT-NeoX", "Gemma 2", "Mixtral", "gpt-oss"])
 @torch.no_grad()
 def test_whole_equals_pieces_in_other_families(family: str) -> None:
-    model = convert(tiny(family, torch.float32), CONFIG)
+    model = converted(CONFIG, family, torch.float32)
     memory, pieces = None, []
     for piece in IDS.split([5, 3, 1, B, 2 * B - 1], dim=1):
         out = model(piece, past_key_values=memory)
         memory = out.past_key_values
         pieces.append(out.logits)
     torch.testing.assert_close(torch.cat(pieces, 1), model(IDS).logits, rtol=0, atol=2e-5)
-    without = convert(tiny(family, torch.float32), CONFIG.without_feedback())(IDS).logits
+    without = converted(CONFIG.without_feedback(), family, torch.float32)(IDS).logits
     torch.testing.assert_close(without[:, :B], model(IDS).logits[:, :B], rtol=0, atol=1e-5)
     assert not torch.allclose(without[:, B:], model(IDS).logits[:, B:], atol=1e-3)
 
 
 def test_routers_are_recorded_for_tokens_alone() -> None:
-    model = convert(tiny("Mixtral", torch.float32), CONFIG)
+    model = converted(CONFIG, "Mixtral", torch.float32)
     logits: tuple[Tensor, ...] = model(IDS, output_router_logits=True).router_logits
     assert [len(layer) for layer in logits] == [IDS.numel()] * 3

@@ -8,14 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from families import some_tokens, tiny
+from families import converted, some_tokens, tiny
 from tokenizers import Tokenizer, models
 from tokenizers.decoders import Fuse
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.generation.streamers import BaseStreamer
 
-from transformerfam import FamConfig, Memory, convert
+from transformerfam import FamConfig, Memory
 
 B = 6
 CONFIG = FamConfig.paper(block_size=B, memory_segments=1, fam_length=3, sink_tokens=1)
@@ -25,7 +25,7 @@ GREEDY: dict[str, Any] = {"do_sample": False, "eos_token_id": None, "max_new_tok
 
 @pytest.fixture(scope="module")
 def model() -> PreTrainedModel:
-    return convert(tiny(), CONFIG)
+    return converted(CONFIG, num_hidden_layers=2)
 
 
 @torch.no_grad()
@@ -50,7 +50,7 @@ def test_greedy_equals_reading_everything_again(model: PreTrainedModel, length: 
 
 @pytest.mark.parametrize("family", ["Gemma 3 (text)", "GPT-NeoX", "Phi-3", "Cohere 2", "SmolLM3"])
 def test_other_families(family: str) -> None:
-    model = convert(tiny(family), CONFIG)
+    model = converted(CONFIG, family)
     ids = some_tokens(1, B + 2)
     assert torch.equal(model.generate(ids, **GREEDY), greedily(model, ids))
 
@@ -65,9 +65,7 @@ def test_a_family_that_drops_its_cache_on_long_texts_keeps_its_memory() -> None:
         "original_max_position_embeddings": 16,
         "partial_rotary_factor": 0.5,
     }
-    model = convert(
-        tiny("Phi-3", rope_parameters=rope, original_max_position_embeddings=16), CONFIG
-    )
+    model = converted(CONFIG, "Phi-3", rope_parameters=rope, original_max_position_embeddings=16)
     ids, memory = some_tokens(1, B), Memory.for_model(model)
     out = model.generate(ids, past_key_values=memory, **GREEDY)
     assert torch.equal(out, greedily(model, ids))
@@ -107,7 +105,7 @@ def test_embeddings_instead_of_ids(model: PreTrainedModel) -> None:
 
 
 def test_training_mode_with_checkpointing(model: PreTrainedModel) -> None:
-    training = convert(tiny(), CONFIG).train()
+    training = converted(CONFIG, num_hidden_layers=2).train()
     enable = getattr(training, "activation_checkpointing_enable", None)  # the name from 5.23 on
     (enable or training.gradient_checkpointing_enable)()
     ids = some_tokens(1, B + 2)
@@ -345,7 +343,7 @@ def test_an_adapted_model_generates() -> None:
     adapter = peft.LoraConfig(
         target_modules="all-linear", modules_to_save=["fam_prompt"], init_lora_weights=False
     )
-    model = peft.get_peft_model(convert(tiny(), CONFIG), adapter).eval()
+    model = peft.get_peft_model(converted(CONFIG, num_hidden_layers=2), adapter).eval()
     ids, memory = some_tokens(2, B + 2), Memory.for_model(model, 2)
     out = model.generate(input_ids=ids, past_key_values=memory, **GREEDY)
     assert torch.equal(out, greedily(model, ids))
@@ -354,7 +352,7 @@ def test_an_adapted_model_generates() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision(dtype: torch.dtype) -> None:
-    model = convert(tiny(dtype=dtype), CONFIG)
+    model = converted(CONFIG, dtype=dtype, num_hidden_layers=2)
     out = model.generate(some_tokens(2, B + 2), **GREEDY)
     assert out.shape == (2, B + 2 + NEW)
 
@@ -388,7 +386,7 @@ def test_a_memory_cannot_be_read_into_again_and_again(model: PreTrainedModel) ->
 
 def test_a_model_whose_configuration_says_no_cache() -> None:
     """As training with activation checkpointing leaves it: the memory must not be read twice."""
-    model = convert(tiny(), CONFIG)
+    model = converted(CONFIG, num_hidden_layers=2)
     model.config.use_cache = model.generation_config.use_cache = False
     memory, ids = Memory.for_model(model), some_tokens(1, B + 2)
     try:
@@ -405,7 +403,7 @@ def test_memories_that_do_not_fit_are_refused(model: PreTrainedModel) -> None:
     for cache, message in (
         (Memory.for_model(model, 3), "3 streams and the input has 2 rows"),
         (DynamicCache(), "not a DynamicCache"),
-        (Memory(CONFIG.replace(block_size=7), 2, 3), "block_size"),
+        (Memory(CONFIG.replace(block_size=7), 2, 2), "block_size"),
     ):
         with pytest.raises(ValueError, match=message):
             model.generate(some_tokens(2, 3), past_key_values=cache, **GREEDY)

@@ -117,7 +117,7 @@ STEPS = [[4 * B, 3 * B], [2 * B + 1, 5 * B - 1], [B - 1, 2 * B], [3 * B - 2, 3 *
 @pytest.mark.parametrize(
     "feedback",
     [
-        {"state_passing": 0.7},
+        pytest.param({"state_passing": 0.7}, marks=pytest.mark.slow),
         {"bptt_blocks": 2, "state_passing": 0.7},
         {"bptt_blocks": 2, "state_passing": 0.7, "drawn_segments": (0, 1)},
     ],

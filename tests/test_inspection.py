@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from families import FAMILIES, some_tokens, tiny
+from families import FAMILIES, converted, some_tokens, tiny
 from torch import Tensor
 from variants import VARIANTS
 
@@ -215,7 +215,7 @@ def test_norms_are_those_of_the_memorys_fams() -> None:
 
 def test_losses_are_those_of_reading_with_and_without_feedback() -> None:
     model, found = shown()
-    plain = convert(tiny(), CONFIG.without_feedback())
+    plain = converted(CONFIG.without_feedback())
     for losses, reader in ((found.losses, model), (found.losses_without, plain)):
         assert losses is not None and losses[0].isnan()
         expected = torch.cat([chunk.losses for chunk in read(reader, TOKENS)])

@@ -9,12 +9,12 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from families import some_tokens, tiny
+from families import converted, some_tokens, tiny
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 from variants import VARIANTS
 
-from transformerfam import FamConfig, Memory, convert
+from transformerfam import FamConfig, Memory
 
 B = 6
 PAPER = VARIANTS["paper"]
@@ -52,7 +52,7 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 
 @pytest.fixture(scope="module")
 def model() -> PreTrainedModel:
-    return convert(tiny(), SINKS)
+    return converted(SINKS)
 
 
 # ---- size and position
@@ -61,7 +61,7 @@ def model() -> PreTrainedModel:
 @pytest.mark.parametrize("name", WINDOWED)
 def test_its_bytes_follow_from_the_geometry_alone(name: str) -> None:
     config = VARIANTS[name]
-    model = convert(tiny(num_hidden_layers=2), config)
+    model = converted(config, num_hidden_layers=2)
     heads, features, width, layers, rows, bytes_each = 2, 8, 32, 2, 3, 8
     assert config.slots is not None
     keys_and_values = 2 * heads * config.slots * features
@@ -91,7 +91,7 @@ def test_keys_in_half_precision_do_not_wear_off(attention: str) -> None:
     config = FamConfig.from_dict({**values, "sink_tokens": 0})
     ids, found = some_tokens(1, 200), []
     for dtype in (torch.bfloat16, torch.float32):
-        model, memory = convert(tiny(dtype=dtype, num_hidden_layers=1), config), None
+        model, memory = converted(config, dtype=dtype, num_hidden_layers=1), None
         for piece in ids.split(2, dim=1):
             _, memory = read(model, piece, memory)
         assert memory is not None
@@ -253,7 +253,7 @@ def failing(module: nn.Module, error: BaseException, calls: int) -> Iterator[Non
 def test_a_failed_call_leaves_the_memory_as_it_was(
     name: str, before: int, error: BaseException
 ) -> None:
-    model = convert(tiny(), VARIANTS[name])
+    model = converted(VARIANTS[name])
     ids = some_tokens(2, before + 3 * B)
     memory = Memory.for_model(model, 2)
     for position in range(before):
@@ -312,7 +312,7 @@ def test_a_kept_prediction_follows_its_row_and_ends_with_the_next_token(
 @pytest.mark.parametrize("family", ["Llama", "StableLM", "GPT-NeoX", "OLMo 2", "Starcoder 2"])
 @pytest.mark.parametrize("tokens", [3, B + 2, 2 * B])
 def test_a_memory_made_in_inference_mode_can_be_trained_on(family: str, tokens: int) -> None:
-    model = convert(tiny(family, torch.float32), SINKS)
+    model = converted(SINKS, family, torch.float32)
     ids = some_tokens(1, tokens + 2 * B)
     with torch.inference_mode():
         memory = model(ids[:, :tokens]).past_key_values
@@ -343,7 +343,7 @@ def test_modes_can_take_turns(model: PreTrainedModel) -> None:
 
 
 def test_a_memory_of_another_geometry_is_refused_by_the_name_of_the_field() -> None:
-    model = convert(tiny(), PAPER)
+    model = converted(PAPER)
     for field, value in (("block_size", 7), ("sink_tokens", 1), ("feedback_norm", "rms")):
         memory = Memory(PAPER.replace(**{field: value}), 1, 3)
         with pytest.raises(ValueError, match=field):
@@ -352,7 +352,7 @@ def test_a_memory_of_another_geometry_is_refused_by_the_name_of_the_field() -> N
 
 
 def test_backend_and_stopped_gradients_are_no_part_of_the_geometry() -> None:
-    model = convert(tiny(), PAPER)
+    model = converted(PAPER)
     memory = Memory(PAPER.replace(backend="eager", stop_gradient=True), 1, 3)
     read(model, some_tokens(1, B + 1), memory)
     assert memory.position == (B + 1,)
@@ -382,7 +382,7 @@ def test_another_number_of_rows_or_layers_is_refused(
 def test_a_memory_of_another_shape_or_type_is_refused(
     model: PreTrainedModel, maker: dict[str, object]
 ) -> None:
-    _, memory = read(convert(tiny(**maker), SINKS), some_tokens(1, 3))  # type: ignore[arg-type]
+    _, memory = read(converted(SINKS, **maker), some_tokens(1, 3))  # type: ignore[arg-type]
     before = contents(memory)
     for tokens in (1, 2 * B):
         with pytest.raises(ValueError, match="memory was made by a model of another"):

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from families import some_tokens, tiny
+from families import converted, some_tokens, tiny
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from safetensors import SafetensorError, safe_open
@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from variants import VARIANTS
 
-from transformerfam import FamConfig, Memory, MemoryFileError, convert, memory_file
+from transformerfam import FamConfig, Memory, MemoryFileError, memory_file
 
 B = 6
 CONFIG = FamConfig.paper(block_size=B, memory_segments=1, fam_length=3, sink_tokens=2)
@@ -30,7 +30,7 @@ CONFIG = FamConfig.paper(block_size=B, memory_segments=1, fam_length=3, sink_tok
 def build(
     dtype: torch.dtype = torch.float32, config: FamConfig = CONFIG, **changes: Any
 ) -> PreTrainedModel:
-    return convert(tiny(dtype=dtype, **{"num_hidden_layers": 2, **changes}), config)
+    return converted(config, dtype=dtype, **{"num_hidden_layers": 2, **changes})
 
 
 @pytest.fixture(scope="module")

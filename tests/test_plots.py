@@ -105,7 +105,12 @@ def test_receptive_field_of_figure_1d() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "beginning"), [("m.png", b"\x89PNG"), ("m.SVG", b"<?xml"), ("m.pdf", b"%PDF")]
+    ("name", "beginning"),
+    [
+        ("m.png", b"\x89PNG"),
+        pytest.param("m.SVG", b"<?xml", marks=pytest.mark.slow),
+        pytest.param("m.pdf", b"%PDF", marks=pytest.mark.slow),
+    ],
 )
 def test_draws_a_file_of_its_kind(name: str, beginning: bytes, tmp_path: Path) -> None:
     plots.draw_masks(tmp_path / name)

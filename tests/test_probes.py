@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from families import VOCABULARY, some_tokens, tiny
+from families import VOCABULARY, converted, some_tokens
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_text import train
@@ -16,20 +16,20 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, one_hot
 
 import transformerfam
-from transformerfam import FamConfig, convert, stream
+from transformerfam import FamConfig, stream
 from transformerfam.data.examples import Example
 from transformerfam.data.passkey import PasskeyTexts
 from transformerfam.training import probes
 from transformerfam.training.probes import HeldOut, Passkey, logits_from, said_right
 
 CONFIG = FamConfig.paper(block_size=4, memory_segments=1, fam_length=2, sink_tokens=1)
-MODEL: Any = convert(tiny(), CONFIG)
+MODEL: Any = converted(CONFIG)
 TOKENIZER = train("gpt2")
 
 
 def reader() -> Any:
     """A model for the tokenizer's vocabulary."""
-    return convert(tiny(dtype=torch.float32, vocab_size=len(TOKENIZER)), CONFIG)
+    return converted(CONFIG, dtype=torch.float32, vocab_size=len(TOKENIZER))
 
 
 # ---- greedy decoding

@@ -136,6 +136,7 @@ def assert_same_run(ours: Path, theirs: Path) -> None:
 # ---- two processes
 
 
+@pytest.mark.slow
 def test_two_processes_train_what_one_does(table: dict[str, Any], tmp_path: Path) -> None:
     train(of_kind(table, "packed", tmp_path / "one"), quiet=True)
     out = in_two(of_kind(table, "packed", tmp_path / "two"))

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from families import some_tokens, tiny
+from families import converted, some_tokens
 from torch import Tensor
 
-from transformerfam import FamConfig, convert
+from transformerfam import FamConfig
 from transformerfam.tasks.questions import Choose, Fit, Follow, Recite, Say
 
 CONFIG = FamConfig.paper(block_size=8, memory_segments=1, fam_length=2, sink_tokens=2)
@@ -19,7 +19,7 @@ IDS = some_tokens(1, 45)[0].tolist()
 
 @pytest.fixture(scope="module")
 def model() -> Any:
-    return convert(tiny(), CONFIG)
+    return converted(CONFIG)
 
 
 @torch.no_grad()

@@ -12,14 +12,14 @@ from pathlib import Path
 import pytest
 import torch
 from command_line import CONFIG, GEOMETRY, TEXT, Run, loaded, refused, start
-from families import tiny
+from families import converted
 from test_text import PROSE
 
 from transformerfam import cli, models
 from transformerfam.commands._compare import RangeLosses
 from transformerfam.commands.read import EPILOG
 from transformerfam.config import FamConfig
-from transformerfam.conversion import convert, twin
+from transformerfam.conversion import twin
 from transformerfam.memory import Memory
 from transformerfam.stream import read
 from transformerfam.text import TokenIds
@@ -235,7 +235,7 @@ def test_ranges_stay_few_and_keep_their_means() -> None:
 
 
 def test_a_twin_shares_the_weights_and_nothing_else() -> None:
-    model = convert(tiny(), CONFIG)
+    model = converted(CONFIG)
     other = twin(model, CONFIG.replace(fam_length=4))
     assert model.fam_config == CONFIG
     assert other.fam_config.fam_length == 4
@@ -251,7 +251,7 @@ def test_ctrl_c_saves_says_so_and_the_rest_follows(
     fam: Run, folder: str, tmp_path: Path, processes: list[subprocess.Popen[bytes]]
 ) -> None:
     path, saved = tmp_path / "long.txt", str(tmp_path / "long.fam")
-    path.write_text(PROSE * 20_000)
+    path.write_text(PROSE * 5_000)
     process = start("read", str(path), "--model", folder, *GEOMETRY, "--save", saved)
     processes.append(process)
     assert process.stderr is not None

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from families import VOCABULARY, some_tokens, tiny
+from families import VOCABULARY, converted, some_tokens, tiny
 from oracle import make_exact
 from torch import Tensor
 
@@ -225,7 +225,7 @@ def test_state_is_as_large_as_said(kind: str) -> None:
 
 @pytest.mark.parametrize("family", ["Gemma 2", "Gemma 3 (text)", "Granite", "GPT-NeoX", "Cohere 2"])
 def test_families_that_scale_or_window_read_the_same_in_pieces(kind: str, family: str) -> None:
-    model = convert(tiny(family), config(kind))
+    model = converted(config(kind), family)
     ids = some_tokens(2, T)
     with torch.no_grad():
         whole = model(ids).logits
@@ -303,7 +303,7 @@ class Counting:
         return Example(tuple(ids), (1.0,) * len(ids))
 
 
-@pytest.mark.parametrize("bptt_blocks", [0, 2])
+@pytest.mark.parametrize("bptt_blocks", [pytest.param(0, marks=pytest.mark.slow), 2])
 def test_a_few_steps_of_training_lower_the_loss(kind: str, bptt_blocks: int) -> None:
     recipe = Recipe.from_dict(
         {
@@ -315,7 +315,7 @@ def test_a_few_steps_of_training_lower_the_loss(kind: str, bptt_blocks: int) -> 
             "run": {"steps": 8, "activation_checkpointing": not bptt_blocks},
         }
     )
-    model = adapt(convert(tiny(dtype=torch.float32), recipe.fam), recipe.train, seed=0)
+    model = adapt(converted(recipe.fam, dtype=torch.float32), recipe.train, seed=0)
     before = model.get_base_model().model.fam_prompt.weight.detach().clone()
     losses = Trainer(recipe, model, Counting(), quiet=True).run().losses
     first, last = (float(loss or 0.0) for loss in (losses[0], losses[-1]))
@@ -324,7 +324,7 @@ def test_a_few_steps_of_training_lower_the_loss(kind: str, bptt_blocks: int) -> 
 
 
 def test_a_model_is_saved_loaded_and_read_with_its_windows(kind: str, tmp_path: Path) -> None:
-    model = convert(tiny(dtype=torch.float32), config(kind))
+    model = converted(config(kind), dtype=torch.float32)
     model.save_pretrained(tmp_path)
     loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
     assert loaded.fam_config == config(kind)

@@ -361,7 +361,7 @@ def test_without_an_item_they_are_listed(capsys: pytest.CaptureFixture[str]) -> 
     assert all(name in shown for name in [*ITEMS, *MACHINE])
 
 
-@pytest.mark.parametrize("name", ["figure1", "table10"])
+@pytest.mark.parametrize("name", [pytest.param("figure1", marks=pytest.mark.slow), "table10"])
 def test_what_needs_no_training_is_made_at_once(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

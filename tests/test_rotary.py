@@ -7,12 +7,12 @@ from fractions import Fraction
 
 import pytest
 import torch
-from families import FAMILIES, tiny
+from families import FAMILIES, converted
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from transformerfam import FamConfig, convert
+from transformerfam import FamConfig
 from transformerfam.rotary import Rotary, Tables, rotate
 
 PI = Fraction("3.14159265358979323846264338327950288419716939937510")
@@ -122,7 +122,7 @@ WITHOUT_POSITIONS = {"Cohere 2": [3], "SmolLM3": [3]}
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_probe_finds_how_each_family_rotates(family: str, dtype: torch.dtype) -> None:
-    model = convert(tiny(family, dtype), FamConfig.paper(block_size=6, fam_length=0))
+    model = converted(FamConfig.paper(block_size=6, fam_length=0), family, dtype)
     rotaries = model.get_decoder().rotaries()
     assert len(rotaries) == model.config.num_hidden_layers
     for layer, rotary in enumerate(rotaries):
@@ -140,9 +140,11 @@ def test_the_probe_tells_local_from_global_layers() -> None:
         "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
     }
     kinds = ["sliding_attention", "full_attention", "sliding_attention"]
-    model = convert(
-        tiny("Gemma 3 (text)", rope_parameters=rope, layer_types=kinds),
+    model = converted(
         FamConfig.paper(block_size=6, fam_length=0),
+        "Gemma 3 (text)",
+        rope_parameters=rope,
+        layer_types=kinds,
     )
     for kind, rotary in zip(kinds, model.model.rotaries(), strict=True):
         assert rotary.inv_freq is not None

@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from families import some_tokens, tiny
+from families import converted, some_tokens
 from oracle import oracle
 from torch import Tensor
 from variants import VARIANTS
 
-from transformerfam import FamConfig, Memory, convert
+from transformerfam import FamConfig, Memory
 
 B = 6
 WITH_FEEDBACK = {n: c for n, c in VARIANTS.items() if c.has_feedback and c.backend != "flex"}
@@ -37,7 +37,7 @@ def begun(model: Any, fams: list[Tensor], rows: int = 1) -> Memory:
 @pytest.mark.parametrize("length", [1, B, 4 * B + 2])
 @pytest.mark.parametrize("name", PASSED)
 def test_a_passed_fam_is_read_and_rewritten_as_the_oracle_does(name: str, length: int) -> None:
-    model = convert(tiny(), WITH_FEEDBACK[name])
+    model = converted(WITH_FEEDBACK[name])
     ids, fams = some_tokens(1, length), some_fams(model)
     with torch.no_grad():
         memory = begun(model, fams)
@@ -53,7 +53,7 @@ def test_a_passed_fam_is_read_and_rewritten_as_the_oracle_does(name: str, length
 
 @pytest.mark.parametrize("name", ["paper", "three previous fams", "first residual", "rms"])
 def test_gradients_from_a_passed_fam_equal_the_oracle(name: str) -> None:
-    model = convert(tiny(), VARIANTS[name])
+    model = converted(VARIANTS[name])
     ids, fams = some_tokens(1, 3 * B + 1), [f.requires_grad_() for f in some_fams(model)]
     model(ids, past_key_values=begun(model, fams)).logits[0].logsumexp(-1).sum().backward()
     ours = [f.grad.clone() for f in fams if f.grad is not None]
@@ -78,7 +78,7 @@ def test_gradients_from_a_passed_fam_equal_the_oracle(name: str) -> None:
 
 @pytest.mark.parametrize("split", [(1,), (B,), (B - 1, 2), (2 * B + 1, B)])
 def test_a_stream_with_a_passed_fam_may_be_split_anywhere(split: tuple[int, ...]) -> None:
-    model = convert(tiny(), SMALL)
+    model = converted(SMALL)
     ids, fams = some_tokens(2, 4 * B), some_fams(model, 2)
     with torch.no_grad():
         whole = model(ids, past_key_values=begun(model, fams, 2)).logits
@@ -91,7 +91,7 @@ def test_a_stream_with_a_passed_fam_may_be_split_anywhere(split: tuple[int, ...]
 
 
 def test_rows_with_and_without_a_passed_fam_go_side_by_side() -> None:
-    model = convert(tiny(), SMALL)
+    model = converted(SMALL)
     ids, fams = some_tokens(2, 3 * B + 1), some_fams(model)
     with torch.no_grad():
         one = begun(model, fams)
@@ -111,7 +111,7 @@ def test_rows_with_and_without_a_passed_fam_go_side_by_side() -> None:
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile:UserWarning")
 def test_an_offset_is_where_the_oracle_begins(name: str) -> None:
     config = VARIANTS[name]
-    model = convert(tiny(), config)
+    model = converted(config)
     ids = some_tokens(1, 3 * B + 1)
     memory = Memory.for_model(model)
     memory.offset = 7.0 * B
@@ -126,7 +126,7 @@ def test_an_offset_is_where_the_oracle_begins(name: str) -> None:
 
 
 def test_a_memory_that_began_with_a_fam_survives_its_file(tmp_path: Path) -> None:
-    model = convert(tiny(), SMALL.replace(memory_segments=0))
+    model = converted(SMALL.replace(memory_segments=0))
     ids, fams = some_tokens(1, 2 * B), some_fams(model)
     memory = begun(model, fams)
     memory.offset = 3.5
@@ -143,7 +143,7 @@ def test_a_memory_that_began_with_a_fam_survives_its_file(tmp_path: Path) -> Non
 
 
 def test_a_fam_that_does_not_fit_is_refused() -> None:
-    model = convert(tiny(), SMALL)
+    model = converted(SMALL)
     memory = Memory.for_model(model, 2)
     for wrong in ([], some_fams(model)[:1], some_fams(model, 3)):
         with pytest.raises(ValueError, match="2 rows and 3 slots"):
@@ -155,7 +155,7 @@ def test_a_fam_that_does_not_fit_is_refused() -> None:
 
 
 def test_a_failed_call_leaves_the_passed_fam() -> None:
-    model = convert(tiny(), SMALL)
+    model = converted(SMALL)
     memory = begun(model, some_fams(model))
     with pytest.raises(ValueError, match="rows"):
         model(some_tokens(2, 2), past_key_values=memory)

@@ -10,19 +10,19 @@ from typing import Any
 
 import pytest
 import torch
-from families import VOCABULARY, some_tokens, tiny
+from families import VOCABULARY, converted, some_tokens
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from variants import VARIANTS
 
 from transformerfam import stream
 from transformerfam.config import FamConfig
-from transformerfam.conversion import convert
 from transformerfam.memory import Memory
-from transformerfam.stream import Sampling, generate, read
+from transformerfam.stream import Sampling, absorb, generate, read, score_each
 
 CONFIG = FamConfig.paper(block_size=8, memory_segments=1, fam_length=3, sink_tokens=2)
 TEXT = some_tokens(1, 61, seed=1)[0].tolist()
-MODEL = convert(tiny(), CONFIG)
+MODEL = converted(CONFIG)
 
 
 def losses_in_one_call(model: Any, ids: list[int]) -> torch.Tensor:
@@ -106,7 +106,7 @@ def test_default_chunks_end_where_blocks_end(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_no_gradients_no_dropout_and_training_mode_is_given_back() -> None:
-    model = convert(tiny(attention_dropout=0.5), CONFIG)
+    model = converted(CONFIG, attention_dropout=0.5)
     expected = losses_of(read(model, TEXT))
     model.train()
     chunks = read(model, TEXT, chunk_tokens=16)
@@ -204,3 +204,35 @@ def test_nothing_to_continue_is_refused(tmp_path: Path) -> None:
     loaded = Memory.load(tmp_path / "memory", MODEL)
     after = list(generate(MODEL, [], loaded, max_new_tokens=3))
     assert first + after == list(generate(MODEL, TEXT[:9], max_new_tokens=6))
+
+
+# ---- several continuations of one stream
+
+CONTINUATIONS = [TEXT[20:23], TEXT[30:31], [], TEXT[40:57], TEXT[20:23]]
+
+
+@pytest.mark.parametrize("before", [0, 13])
+@pytest.mark.parametrize("name", ["paper", "sinks, no segments", "full without feedback", "RMT"])
+def test_continuations_side_by_side_are_scored_as_each_alone(name: str, before: int) -> None:
+    rmt = FamConfig(block_size=6, memory_segments=0, fam_length=2, recurrence="rmt")
+    model = converted(rmt if name == "RMT" else VARIANTS[name])
+    memory = absorb(model, TEXT[:before])
+    for ids, scored in zip(CONTINUATIONS, score_each(model, CONTINUATIONS, memory), strict=True):
+        alone = list(read(model, ids, memory.fork()))
+        assert scored.nats == pytest.approx(sum(chunk.nats for chunk in alone), abs=1e-4)
+        assert scored.hits.tolist() == [hit for chunk in alone for hit in chunk.hits.tolist()]
+    assert memory.position == (before,)
+
+
+def test_continuations_that_take_too_much_memory_side_by_side_are_read_in_groups(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    memory = absorb(MODEL, TEXT[:13])
+    at_once = [scored.nats for scored in score_each(MODEL, CONTINUATIONS, memory)]
+    for room in (1, 2):  # rows
+        each = memory.nbytes + 4 * VOCABULARY * 17
+        monkeypatch.setattr(stream, "_SIDE_BY_SIDE_BYTES", room * each)
+        in_groups = [scored.nats for scored in score_each(MODEL, CONTINUATIONS, memory)]
+        assert in_groups == pytest.approx(at_once, abs=1e-4)
+    with pytest.raises(ValueError, match=f"Token {VOCABULARY} is not in"):
+        score_each(MODEL, [[1], [VOCABULARY]], memory)

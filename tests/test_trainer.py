@@ -12,11 +12,10 @@ from typing import Any
 
 import pytest
 import torch
-from families import VOCABULARY, tiny
+from families import VOCABULARY, converted
 from safetensors.torch import load_file
 from torch import Tensor
 
-from transformerfam import convert
 from transformerfam.data.examples import Example
 from transformerfam.data.rows import Source
 from transformerfam.errors import UserError
@@ -81,7 +80,7 @@ def recipe(folder: Path | None = None, **sections: dict[str, Any]) -> Recipe:
 
 def trainer(made: Recipe, source: Source | None = None, **options: Any) -> Trainer:
     torch.manual_seed(0)
-    model = convert(tiny(dtype=torch.float32, num_hidden_layers=2), made.fam)
+    model = converted(made.fam, dtype=torch.float32, num_hidden_layers=2)
     model = adaptation.adapt(model, made.train, made.run.seed)
     return Trainer(made, model, source or Counting(), quiet=True, **options)
 
@@ -243,6 +242,7 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_had_not(kind: str, tmp_path: Pa
         assert_identical(weights(rest.model), weights(whole.model))
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_after_several_stops(tmp_path: Path) -> None:
     kind = KINDS["documents, truncated, micro batches"]
     whole, losses = run(recipe(tmp_path / "whole", **kind)), []

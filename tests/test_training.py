@@ -23,7 +23,7 @@ Gradients = dict[str, Tensor]
 
 def build(config: FamConfig = CONFIG, **changes: Any) -> PreTrainedModel:
     """By default a Llama in float64 throughout, so that gradients can be compared closely."""
-    model = tiny(**changes)
+    model = tiny(**{"num_hidden_layers": 2, **changes})
     return convert(model if changes.keys() & {"family", "dtype"} else make_exact(model), config)
 
 

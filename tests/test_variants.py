@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 from command_line import Run
-from families import some_tokens, tiny
+from families import converted, some_tokens
 
-from transformerfam import FamConfig, Memory, convert, variants
+from transformerfam import FamConfig, Memory, variants
 from transformerfam.commands.info import model_shape
 from transformerfam.cost import SMOLLM2, ModelShape, state_bytes
 from transformerfam.training.recipe import Recipe, find
@@ -38,7 +38,7 @@ def test_its_settings_are_those_of_a_recipe(variant: Variant) -> None:
 @pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: v.name)
 def test_it_reads_and_carries_the_bytes_that_are_counted(variant: Variant) -> None:
     config = variant.config(SMALL)
-    model: Any = convert(tiny(), config)
+    model: Any = converted(config)
     shape = model_shape(model)
     memory = Memory.for_model(model)
     for length in (1, 2 * B + 3):

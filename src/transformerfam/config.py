@@ -221,6 +221,19 @@ class FamConfig:
         window = self.window_length or (self.memory_segments + 1) * self.block_size
         return layers * window
 
+    @property
+    def plain_length(self) -> int | None:
+        """Tokens at the start of a stream that are read as the original model reads them.
+
+        None: all of them, however many. 0: not even the first, or nobody promises it.
+        """
+        simple = self.attention in ("full", "bswa") and self.memory_source == "input"
+        if not simple or self.through_stack or self.compressive_memory != "none":
+            return 0
+        if self.has_feedback:
+            return 0 if self.fam_start == "prefix" else self.block_size
+        return None if self.keeps_everything else (1 + self.memory_segments) * self.block_size
+
     def describe(self) -> str:
         """A geometry in a few words."""
         B, M = self.block_size, self.memory_segments

@@ -55,6 +55,12 @@ class Reader:
         config: FamConfig = self.model.fam_config
         return config
 
+    def same_as(self, other: Reader, tokens: int) -> bool:
+        """Whether both read so many tokens alike: the same weights, and no memory needed yet."""
+        weights = (each.model.get_input_embeddings().weight for each in (self, other))
+        plain = (each.config.plain_length for each in (self, other))
+        return next(weights) is next(weights) and all(n is None or tokens <= n for n in plain)
+
 
 READERS = ("model", "bswa", "sinks", "full")
 
@@ -158,8 +164,10 @@ class Results:
 def evaluate(asks: Sequence[Ask], results: Results) -> Iterator[tuple[Ask, Line]]:
     """Ask what is not in `results` yet; each answer is kept before it is given out.
 
-    A question that is too long for a reader is kept as skipped.
+    A question that is too long for a reader is kept as skipped. Readers that cannot differ yet
+    (`Reader.same_as`) are asked once for all.
     """
+    before: tuple[Ask, Line] | None = None
     for ask in asks:
         if ask.key in results.done:
             continue
@@ -178,12 +186,20 @@ def evaluate(asks: Sequence[Ask], results: Results) -> Iterator[tuple[Ask, Line]
         limit = ask.reader.limit
         if limit is not None and question.tokens > limit:
             line["skipped"] = f"longer than {limit:,} tokens"
+        elif before is not None and _cannot_differ(ask, before[0], question.tokens):
+            line |= {"metrics": before[1]["metrics"], "same_as": before[0].reader.name}
         else:
             began = time.perf_counter()
             line["metrics"] = question.ask(ask.reader.model)
             line["seconds"] = round(time.perf_counter() - began, 3)
+            before = ask, line
         results.add(ask, line)
         yield ask, line
+
+
+def _cannot_differ(ask: Ask, before: Ask, tokens: int) -> bool:
+    same_question = ask.case is before.case and ask.number == before.number
+    return same_question and ask.reader.same_as(before.reader, tokens)
 
 
 # ---- files

@@ -29,7 +29,7 @@ from transformerfam.evaluate import readers
 from transformerfam.extras import require
 from transformerfam.memory import Memory
 from transformerfam.models import EMBEDDED, is_trained, load
-from transformerfam.stream import Sampling, absorb, generate, read
+from transformerfam.stream import Sampling, absorb, generate, score_each
 from transformerfam.turns import end_tokens
 
 require("lm_eval", "eval")
@@ -190,16 +190,20 @@ class StreamingLM(TemplateLM):
         **kwargs: Any,
     ) -> list[tuple[float, bool]]:
         """(log p in nats, is it the greedy continuation) of each (key, context, continuation)."""
-        found = []
-        contexts = [self._fitted(context, ids) for _, context, ids in requests]
-        for (key, _, ids), memory in zip(
-            tqdm(requests, desc="Reading", disable=disable_tqdm),
-            self._behind(contexts),
-            strict=True,
-        ):
-            found.append(self._score(ids, memory))
-            if key is not None:
-                self.cache_hook.add_partial("loglikelihood", key, found[-1])
+        asked = [(key, self._fitted(context, ids), ids) for key, context, ids in requests]
+        found: list[tuple[float, bool]] = []
+        with tqdm(total=len(asked), desc="Reading", disable=disable_tqdm) as bar:
+            # Continuations of the same context come in a row: the choices of a question.
+            for context, group in groupby(asked, key=lambda request: request[1]):
+                same = list(group)
+                memory = absorb(self.model, context)
+                for (key, _, _), each in zip(
+                    same, score_each(self.model, [ids for *_, ids in same], memory), strict=True
+                ):
+                    found.append((-each.nats, bool(each.hits.all())))
+                    if key is not None:
+                        self.cache_hook.add_partial("loglikelihood", key, found[-1])
+                bar.update(len(same))
         return found
 
     def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> list[float]:
@@ -249,10 +253,6 @@ class StreamingLM(TemplateLM):
             memory = absorb(self.model, context)
             for left in reversed(range(len(list(group)))):
                 yield memory.fork() if left else memory
-
-    def _score(self, ids: list[int], memory: Memory) -> tuple[float, bool]:
-        chunks = list(read(self.model, ids, memory))
-        return -sum(c.nats for c in chunks), all(bool(c.hits.all()) for c in chunks)
 
     def _fitted(self, context: list[int], ids: list[int]) -> list[int]:
         """The context, cut at its beginning so that all but the last token fit into `max_length`."""

@@ -6,7 +6,7 @@ chunk at a time; what was read before is in the `Memory` alone.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
@@ -22,6 +22,7 @@ from transformerfam.memory import Memory
 # A chunk amortises the cost of a call; its logits, in float32, are the largest thing in it.
 _CHUNK_TOKENS = 2048
 _CHUNK_LOGIT_BYTES = 256 << 20
+_SIDE_BY_SIDE_BYTES = 256 << 20
 _LOSS_ROWS = 256
 
 
@@ -120,6 +121,76 @@ def absorb(model: Any, tokens: Iterable[int], memory: Memory | None = None) -> M
     while ids := list(islice(source, chunk_length(memory.position[0]))):
         _advance(model, ids, memory, keep=1)
     return memory
+
+
+@dataclass(frozen=True)
+class Scored:
+    """How well a continuation of a stream was predicted.
+
+    Attributes:
+        nats: sum of -log p over its tokens, but for the first of a fresh stream.
+        hits: (scored,) bool on the CPU, whether each of those tokens was the likeliest.
+    """
+
+    nats: float
+    hits: Tensor
+
+
+def score_each(model: Any, continuations: Sequence[Sequence[int]], memory: Memory) -> list[Scored]:
+    """How well each of several continuations of one stream is predicted, read side by side.
+
+    Short ones cost little more than one of them. No gradients.
+
+    Args:
+        model: a TransformerFAM.
+        continuations: token ids, of any lengths.
+        memory: where the stream stands, one row; it stays there.
+
+    Raises:
+        ValueError: as `read`.
+    """
+    memory = _single_row(model, memory)
+    longest = max(map(len, continuations), default=0)
+    vocabulary = model.config.get_text_config().vocab_size
+    each = memory.nbytes + 4 * vocabulary * longest
+    # Rows of memory that runs through the stack cannot be padded.
+    rows = 1 if memory.config.through_stack else max(1, _SIDE_BY_SIDE_BYTES // max(1, each))
+    found = []
+    for start in range(0, len(continuations), rows):
+        group = continuations[start : start + rows]
+        found += (
+            _side_by_side(model, group, memory)
+            if len(group) > 1
+            else _alone(model, group[0], memory)
+        )
+    return found
+
+
+def _alone(model: Any, ids: Sequence[int], memory: Memory) -> list[Scored]:
+    chunks = list(read(model, ids, memory.fork()))
+    hits = [chunk.hits for chunk in chunks] or [torch.zeros(0, dtype=torch.bool)]
+    return [Scored(sum(chunk.nats for chunk in chunks), torch.cat(hits))]
+
+
+def _side_by_side(model: Any, group: Sequence[Sequence[int]], memory: Memory) -> list[Scored]:
+    for ids in group:
+        _check_vocabulary(model, ids)
+    longest = max(1, *map(len, group))
+    device = model.get_input_embeddings().weight.device
+    padded = torch.tensor([[*ids, *[0] * (longest - len(ids))] for ids in group], device=device)
+    lengths = torch.tensor([len(ids) for ids in group], device=device)
+    with torch.no_grad(), _evaluating(model):
+        logits: Tensor = model(
+            input_ids=padded,
+            attention_mask=(torch.arange(longest, device=device) < lengths[:, None]).long(),
+            past_key_values=memory.select_rows([0] * len(group)),
+            use_cache=True,
+        ).logits
+    found = []
+    for row, ids in zip(logits, group, strict=True):
+        losses, hits = _scores(row, list(ids), memory.next_logits)
+        found.append(Scored(float(losses.sum(dtype=torch.float64)), hits))
+    return found
 
 
 @dataclass(frozen=True)
@@ -245,10 +316,7 @@ def _advance(
     model: Any, ids: list[int], memory: Memory, *, keep: int, observer: Observer | None = None
 ) -> Tensor:
     """Logits (keep or T, V) of new tokens, with the memory advanced and its prediction set."""
-    vocabulary = model.get_input_embeddings().weight.shape[0]
-    if min(ids) < 0 or max(ids) >= vocabulary:
-        bad = next(i for i in ids if not 0 <= i < vocabulary)
-        raise ValueError(f"Token {bad} is not in the model's vocabulary of {vocabulary} tokens.")
+    _check_vocabulary(model, ids)
     inputs = torch.tensor([ids], device=model.get_input_embeddings().weight.device)
     with _evaluating(model):
         logits: Tensor = model(
@@ -260,6 +328,13 @@ def _advance(
         ).logits[0]
     memory.next_logits = logits[-1:].float().clone()  # a copy: the rest of the chunk can be freed
     return logits
+
+
+def _check_vocabulary(model: Any, ids: Sequence[int]) -> None:
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    bad = next((i for i in ids if not 0 <= i < vocabulary), None)
+    if bad is not None:
+        raise ValueError(f"Token {bad} is not in the model's vocabulary of {vocabulary} tokens.")
 
 
 @contextmanager
@@ -279,7 +354,7 @@ def _evaluating(model: Any) -> Iterator[None]:
 def _scores(logits: Tensor, ids: list[int], before: Tensor | None) -> tuple[Tensor, Tensor]:
     """(T or T - 1,) of each token: -log p under the prediction before it; was it the likeliest."""
     targets = torch.tensor(ids, device=logits.device)
-    predictions = [] if before is None else [(before, targets[:1])]
+    predictions = [] if before is None or not ids else [(before, targets[:1])]
     # In slices, or a chunk of half-precision logits would be held twice over in float32.
     for start in range(0, len(ids) - 1, _LOSS_ROWS):
         stop = min(start + _LOSS_ROWS, len(ids) - 1)

@@ -243,10 +243,11 @@ def _results(name: str, args: argparse.Namespace, folder: Path, command: str) ->
     model, tokenizer = load(
         adapter=args.adapter, config=None if args.adapter else results.UNTRAINED
     )
+    base = load()[0] if args.adapter else None
     groups = results.cases_of(name, Path(args.data), tokenizer, sizes)
     progress, kept = report.Progress(quiet=args.quiet), folder / "answers"
     cases = [case for group in groups.values() for case in group]
-    for done, count, asked, _ in results.ask(model, cases, kept):
+    for done, count, asked, _ in results.ask(model, base, cases, kept):
         progress.update(f"{done:,}/{count:,}   {answers.named(asked.case)}, {asked.reader.name}")
     lines = evaluate.read_results(kept)[1]
     about = results.describe(model, args.adapter)

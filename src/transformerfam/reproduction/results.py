@@ -3,15 +3,15 @@
 Data is a folder that people bring: `books/` and `proofs/` (texts), `longqa/` (rows as of L-Eval),
 `tasks/` (GPT-3's tasks in llm-foundry's files), `babi/` (bAbI's). What is not there is not asked.
 Four readers of the same weights answer: the model as it is, its windows without and with sinks
-(StreamingLLM), and full attention up to what it was trained for. Every answer is kept when it is
-given, so that what was stopped goes on.
+(StreamingLLM), and full attention up to what it was trained for; and if an adapter was put on them, the
+weights as they were before. Every answer is kept when it is given, so that what was stopped goes on.
 """
 
 from __future__ import annotations
 
 import glob
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,14 @@ from transformerfam.tasks import TASKS, Case, Wanted
 # A memory that was not trained, for a look without an adapter.
 UNTRAINED = FamConfig(block_size=256, memory_segments=1, fam_length=8)
 READERS = ("model", "bswa", "sinks", "full")
+BASE = "base"
+READERS_SHOWN = {
+    "model": "the model as it is",
+    "bswa": "its windows without feedback",
+    "sinks": "the same with attention sinks",
+    "full": "full attention, up to the length that the model was trained for",
+    BASE: "that with the weights as they were before the adapter was put on them",
+}
 _HIDDEN = ("passkey", "passkey-middle", "passkey-late", "passkey-3", "babilong-qa1", "babilong-qa2")
 _GPT3 = {
     "gpt3-arc-challenge": "arc_challenge",
@@ -113,13 +121,14 @@ def gpt3(data: Path, tokenizer: Any, sizes: Sizes) -> list[Case]:
     return [case for name in here for case in TASKS[name].cases(wanted)]
 
 
+_GPT3_HEADING = "GPT-3's tasks"
 Group = Callable[[Path, Any, Sizes], list[Case]]
 # heading -> what is asked
 GROUPS: dict[str, Group] = {
     "Keys and facts in long prose": hidden,
     "Whole documents": documents,
     "Questions about long documents, and summaries": long_questions,
-    "GPT-3's tasks": gpt3,
+    _GPT3_HEADING: gpt3,
 }
 # name of an item -> (title, its groups, tables of the paper beside it)
 ITEMS: dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
@@ -130,7 +139,7 @@ ITEMS: dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
     ),
     "table2": (
         "Tables 2 and 12: GPT-3's tasks",
-        ("GPT-3's tasks",),
+        (_GPT3_HEADING,),
         ("table02_gpt3_summary", "table12_gpt3"),
     ),
 }
@@ -153,10 +162,20 @@ def cases_of(name: str, data: Path, tokenizer: Any, sizes: Sizes) -> dict[str, l
 
 
 def ask(
-    model: Any, cases: Sequence[Case], folder: Path
+    model: Any, base: Any, cases: Sequence[Case], folder: Path
 ) -> Iterator[tuple[int, int, evaluate.Ask, evaluate.Line]]:
-    """Put all questions to all readers; (answers given, of how many, question, answer)."""
+    """Put all questions to all readers; (answers given, of how many, question, answer).
+
+    Args:
+        model: a TransformerFAM.
+        base: the same before it was trained, which reads with full attention; None: it was not.
+        cases: what to ask.
+        folder: where answers are kept.
+    """
     readers = evaluate.readers(model, READERS, full_limit=None)
+    if base is not None:
+        (full,) = evaluate.readers(base, ["full"], full_limit=None)
+        readers.append(replace(full, name=BASE))
     results = evaluate.Results(folder, readers, seed=0)
     todo = [each for each in evaluate.plan(readers, cases) if each.key not in results.done]
     for done, (asked, line) in enumerate(evaluate.evaluate(todo, results), 1):
@@ -181,16 +200,33 @@ def results_page(
         draw_curves(picture, panels, x="tokens", y="share right", marks=marks)
         page.pictures.append(picture)
         page.lines += [f"![Share right by tokens]({picture.name})", ""]
-    page.lines += [
-        "Mean and standard error; `bswa`: the model's windows without feedback, `sinks`: the same with "
-        "attention sinks, `full`: full attention, up to the length it was trained for.",
-        "",
-    ]
+    present = {line["reader"] for line in lines}
+    readers = [name for name in READERS_SHOWN if name in present]
+    explained = "; ".join(f"`{name}`: {READERS_SHOWN[name]}" for name in readers)
+    page.lines += [f"Mean and standard error. {explained}.", ""]
     for heading, cases in groups.items():
         page.lines += [f"## {heading}", ""]
-        page.lines += [report.markdown_table(*answers.table_of(lines, cases, READERS)), ""]
+        page.lines += [report.markdown_table(*answers.table_of(lines, cases, readers)), ""]
+        if heading == _GPT3_HEADING and BASE in present:
+            page.lines += [_got_worse(lines, cases), ""]
     page.lines += papers_tables(tables)
     return page
+
+
+def _got_worse(lines: Sequence[evaluate.Line], cases: Sequence[Case]) -> str:
+    """Where the model is worse than before it was trained, in a sentence."""
+    by_case = evaluate.grouped(lines)
+    worse = []
+    for case in cases:
+        found = by_case.get(evaluate.case_key(case), {})
+        model, base = (
+            evaluate.summarise(found.get(name, []), case.metric) for name in (READERS[0], BASE)
+        )
+        if model and base and base.mean - model.mean > (base.error or 0.0):
+            worse.append(f"{answers.named(case)} ({model.mean:.3f} after {base.mean:.3f})")
+    if not worse:
+        return "In none of them is the model worse than `base` by more than a standard error."
+    return f"Worse than `base` by more than a standard error: {', '.join(worse)}."
 
 
 def describe(model: Any, adapter: str | None) -> str:

@@ -20,7 +20,7 @@ from typing import Any, Protocol
 
 import torch
 
-from transformerfam.stream import absorb, generate, read
+from transformerfam.stream import absorb, generate, read, score_each
 
 Metrics = dict[str, Any]
 
@@ -92,8 +92,7 @@ class Choose:
 
     def ask(self, model: Any) -> Metrics:
         """`accuracy`: by log p. `accuracy_norm`: by log p over length."""
-        memory = absorb(model, self.ids)
-        scores = [-sum(c.nats for c in read(model, ids, memory.fork())) for ids in self.choices]
+        scores = [-each.nats for each in score_each(model, self.choices, absorb(model, self.ids))]
         lengths = self.lengths or [len(ids) for ids in self.choices]
         normed = [score / length for score, length in zip(scores, lengths, strict=True)]
         return {

@@ -13,6 +13,7 @@ import types
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import MISSING, fields, is_dataclass
 from difflib import get_close_matches
+from functools import cache
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from transformerfam.errors import UserError
@@ -65,8 +66,11 @@ def settings_from(cls: type[T], values: Any, key: str) -> T:
 
 def field_types(cls: type[Any]) -> dict[str, Any]:
     """The annotations of a dataclass by the names of its fields."""
-    hints = get_type_hints(cls)
+    hints = _hints(cls)  # type: ignore[arg-type]  # a class can be hashed
     return {field.name: hints[field.name] for field in fields(cls)}
+
+
+_hints = cache(get_type_hints)
 
 
 def nearest(name: str, names: Iterable[str]) -> str:
