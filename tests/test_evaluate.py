@@ -13,7 +13,7 @@ from command_line import Run, refused
 from families import converted, some_tokens, tiny
 
 from transformerfam import FamConfig, evaluate
-from transformerfam.answers import panels_of
+from transformerfam.answers import panels_of, places_of, summaries
 from transformerfam.errors import UserError
 from transformerfam.tasks.cases import Case
 from transformerfam.tasks.questions import Recite
@@ -220,8 +220,37 @@ def test_a_figure_has_a_panel_a_task_and_a_curve_a_reader() -> None:
         "setting": {"data": "x"},
         "metrics": {"edges": [0, 1024], "scored": [10, 10], "right": [5, 10], "nats": [1, 1]},
     }
-    (documents,) = panels_of([followed, followed]).values()
+    ((title, documents),) = panels_of([followed, followed]).items()
+    assert title == "passkey x: tokens predicted right, by place"
     assert (list(documents[0].x), list(documents[0].y)) == ([512, 1536], [0.5, 1.0])
+
+
+def test_documents_are_summed_up_by_place_for_each_reader() -> None:
+    case = Case("documents", 1, {"data": "x"}, 2, lambda number: Recite([1], [2]), "accuracy", "")
+
+    def followed(
+        reader: str, edges: list[int], nats: list[float], accuracy: float
+    ) -> dict[str, Any]:
+        sums = {"scored": [10] * len(edges), "right": [5] * len(edges), "nats": nats}
+        return {
+            **result(0, 0.0, reader),
+            **{"task": "documents", "setting": {"data": "x"}, "metric": "accuracy"},
+            "metrics": {"accuracy": accuracy, "edges": edges, **sums},
+        }
+
+    lines = [
+        followed("model", [0, 1024], [0.0, 20.0], 0.5),
+        followed("model", [0], [20.0], 0.2),
+        followed("full", [0], [10.0], 0.4),
+    ]
+    assert places_of(lines, case, ["model", "full", "bswa"]) == (
+        ["tokens", "model", "full", "bswa"],
+        [["from 0", "2.7", "2.7", "–"], ["from 1,024", "7.4", "–", "–"]],
+    )
+    model, full = summaries(lines, [case], ["model", "full", "bswa"])
+    assert model["mean"] == pytest.approx(0.4)  # every token weighs the same
+    assert [part["nats"] for part in model["by_place"]] == [20.0, 20.0]
+    assert (full["reader"], full["count"], full["length"]) == ("full", 1, None)
 
 
 def test_the_command_draws_what_was_found(

@@ -428,15 +428,25 @@ def test_real_data_makes_one_page_and_is_not_asked_twice(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     argv = ["reproduce", "results", "--data", str(data), "--samples", "1", "--lengths", "160"]
-    argv += ["--out", str(tmp_path / "out")]
+    argv += ["--adapter", "shipped", "--out", str(tmp_path / "out")]
     assert cli.main(argv) == 0
     capsys.readouterr()
     text = (tmp_path / "out" / "results.md").read_text()
     for heading in results.GROUPS:
         assert f"## {heading}" in text
-    assert "| task | metric | model | bswa | sinks | full |" in text
-    for named in ("| passkey 160 | exact |", "documents books", "documents proofs"):
+    assert "| task | metric | model | bswa | sinks | full | base |" in text
+    for named in (
+        "| passkey 160 | exact |",
+        "documents books",
+        "Perplexity of proofs 160 by place",
+    ):
         assert named in text
+    # The fixture's adapter changes nothing.
+    assert "In none of them is the model worse than `base` by more than a standard error." in text
+    numbers = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert {n["reader"] for n in numbers} == {"model", "bswa", "sinks", "full", "base"}
+    (books,) = (n for n in numbers if n["task"] == "documents books 160" and n["reader"] == "full")
+    assert [(part["from"], part["scored"]) for part in books["by_place"]] == [(0, 159)]
     assert str(tmp_path) not in text  # where the data lies says nothing
     answered = (tmp_path / "out" / "answers" / "results-000.jsonl").read_text()
     assert cli.main(argv) == 0
@@ -498,3 +508,14 @@ def test_what_trains_nothing_refuses_what_says_how_to_train(
     assert cli.main(["reproduce", "table10", *option.split(), "--out", str(tmp_path)]) == 2
     assert f"{option.split()[0]} does nothing for table10" in capsys.readouterr().err
     assert not (tmp_path / "table10.md").exists()
+
+
+def test_of_longer_texts_fewer_are_asked_and_documents_are_cut_for_full_attention_too(
+    data: Path,
+) -> None:
+    sizes = results.Sizes(lengths=(128, 512, 2048), hidden=8, hidden_tokens=1024)
+    hidden = results.hidden(data, TOKENIZER, sizes)
+    counts = {(c.task, c.setting["length"]): c.count for c in hidden}
+    assert [counts["recall", n] for n in (128, 512, 2048)] == [8, 2, 1]
+    cuts = [c.setting["most_tokens"] for c in results.documents(data, TOKENIZER, sizes)]
+    assert cuts == [8192, 262_144] * 2

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from transformerfam import report
 from transformerfam.evaluate import Line, case_key, grouped, summarise
 from transformerfam.plots import Curve
-from transformerfam.tasks.cases import Case
+from transformerfam.tasks.cases import Case, data_name
 
 
 def table_of(
@@ -38,26 +40,93 @@ def _cell(lines: Sequence[Line], metric: str) -> str:
     return f"{summary.mean:.3f}{error}"
 
 
+def summaries(
+    lines: Sequence[Line], cases: Sequence[Case], readers: Sequence[str]
+) -> list[dict[str, Any]]:
+    """What `table_of` and `places_of` show, as JSON values: a dictionary for each case and reader."""
+    by_case = grouped(lines)
+    found = []
+    for case in cases:
+        answered = by_case.get(case_key(case), {})
+        for reader in readers:
+            summary = summarise(answered.get(reader, []), case.metric)
+            if summary is None:
+                continue
+            parts = _parts(answered[reader])
+            found.append(
+                {
+                    "task": case.label,
+                    "length": case.setting.get("length"),
+                    "reader": reader,
+                    "metric": case.metric,
+                    **asdict(summary),
+                    **({"by_place": parts} if parts else {}),
+                }
+            )
+    return found
+
+
+def places_of(
+    lines: Sequence[Line], case: Case, readers: Sequence[str]
+) -> tuple[list[str], list[list[str]]]:
+    """Header and rows: perplexity of the documents of a case in each part, one column a reader."""
+    answered = grouped(lines).get(case_key(case), {})
+    parts = {
+        reader: {part["from"]: part for part in _parts(answered.get(reader, []))}
+        for reader in readers
+    }
+    rows = []
+    for edge in sorted({edge for by_edge in parts.values() for edge in by_edge}):
+        cells = [
+            f"{report.perplexity(part['nats'] / part['scored']):.1f}" if part else "–"
+            for part in (by_edge.get(edge) for by_edge in parts.values())
+        ]
+        rows.append([f"from {edge:,}", *cells])
+    return ["tokens", *readers], rows
+
+
+def _parts(lines: Sequence[Line]) -> list[dict[str, Any]]:
+    """Sums over documents for each part of a document: `from`, `scored`, `nats`, `right`."""
+    parts: list[dict[str, Any]] = []
+    for metrics in (line["metrics"] for line in lines if "edges" in line.get("metrics", {})):
+        names = ("scored", "nats", "right")
+        for number, edge in enumerate(metrics["edges"]):
+            if number == len(parts):
+                parts.append({"from": edge, **dict.fromkeys(names, 0)})
+            for name in names:
+                parts[number][name] += metrics[name][number]
+    return parts
+
+
 def panels_of(lines: Sequence[Line]) -> dict[str, list[Curve]]:
     """Title -> curves, for what has an axis."""
     by_length: dict[str, dict[str, dict[int, list[Line]]]] = {}
-    documents: dict[str, list[Line]] = {}
+    by_place: dict[str, dict[str, list[Line]]] = {}
     for line in lines:
         if "length" in line["setting"]:
             title = f"{line['task']}: {line['metric']}"
             reader = by_length.setdefault(title, {}).setdefault(line["reader"], {})
             reader.setdefault(line["setting"]["length"], []).append(line)
         elif "edges" in line.get("metrics", {}):
-            documents.setdefault(line["reader"], []).append(line)
+            by_place.setdefault(_documents(line), {}).setdefault(line["reader"], []).append(line)
     panels = {
         title: [c for name, found in readers.items() if (c := _by_length(name, found)) is not None]
         for title, readers in by_length.items()
     }
-    if documents:
-        panels["documents: tokens predicted right, by place"] = [
-            _by_place(name, found) for name, found in documents.items()
+    panels |= {
+        f"{title}: tokens predicted right, by place": [
+            _by_place(name, found) for name, found in readers.items()
         ]
+        for title, readers in by_place.items()
+    }
     return {title: curves for title, curves in panels.items() if curves}
+
+
+def _documents(line: Line) -> str:
+    """The texts that a line is of, and where they were cut."""
+    cut = line["setting"].get("most_tokens")
+    name = data_name(Path(line["setting"]["data"]))
+    return f"{line['task']} {name}" + (f", {report.tokens_short(cut)}" if cut else "")
 
 
 def _by_length(name: str, found: dict[int, list[Line]]) -> Curve | None:
@@ -72,17 +141,10 @@ def _by_length(name: str, found: dict[int, list[Line]]) -> Curve | None:
 
 def _by_place(name: str, found: list[Line]) -> Curve:
     """Share of tokens right in each part; a part stands at its middle."""
-    edges = max((line["metrics"]["edges"] for line in found), key=len)
-    sums = [[0, 0] for _ in edges]
-    for line in found:
-        metrics: dict[str, Any] = line["metrics"]
-        for part, (scored, right) in enumerate(
-            zip(metrics["scored"], metrics["right"], strict=True)
-        ):
-            sums[part][0] += scored
-            sums[part][1] += right
+    parts = _parts(found)
+    edges = [part["from"] for part in parts]
     places = [
         max(1, edge) * 3 // 2 if edge else edges[1] // 2 if edges[1:] else 512 for edge in edges
     ]
-    share = [right / max(1, scored) for scored, right in sums]
+    share = [part["right"] / max(1, part["scored"]) for part in parts]
     return Curve(name, places, share, share, share)

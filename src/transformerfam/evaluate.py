@@ -318,10 +318,14 @@ def case_key(case: Case) -> CaseKey:
     return case.task, case.version, json.dumps(case.setting, sort_keys=True)
 
 
+def line_key(line: Line) -> CaseKey:
+    """The key of the case that a line belongs to."""
+    return line["task"], line["version"], json.dumps(line["setting"], sort_keys=True)
+
+
 def grouped(lines: Sequence[Line]) -> dict[CaseKey, dict[str, list[Line]]]:
     """Case -> reader -> lines, in the order in which they came."""
     found: dict[CaseKey, dict[str, list[Line]]] = {}
     for line in lines:
-        case = (line["task"], line["version"], json.dumps(line["setting"], sort_keys=True))
-        found.setdefault(case, {}).setdefault(line["reader"], []).append(line)
+        found.setdefault(line_key(line), {}).setdefault(line["reader"], []).append(line)
     return found

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from transformerfam.reproduction.runs import Result
 
 _SEEDS = 3
+_LOOK_TOKENS = 4096  # of texts longer than these --samples asks for fewer
 
 HELP = "make a table or figure of the paper again: train, ask, draw"
 
@@ -106,7 +107,8 @@ def _add_real_data(parser: argparse.ArgumentParser) -> None:
         "--samples",
         metavar="COUNT",
         type=options.whole(1),
-        help="for results, table2 and table12: questions of each kind, for a quick look",
+        help="for results, table2 and table12: questions of each kind, for a quick look; of texts "
+        f"longer than {_LOOK_TOKENS:,} tokens fewer, as many as make up the same number of tokens",
     )
 
 
@@ -235,9 +237,8 @@ def _results(name: str, args: argparse.Namespace, folder: Path, command: str) ->
         raise UserError(f"{name} asks about real data; give it with --data FOLDER.")
     sizes = results.Sizes()
     if args.samples:
-        sizes = replace(
-            sizes, **dict.fromkeys(("hidden", "documents", "long", "rows"), args.samples)
-        )
+        counts = dict.fromkeys(("hidden", "documents", "long", "rows"), args.samples)
+        sizes = replace(sizes, **counts, hidden_tokens=args.samples * _LOOK_TOKENS)
     if lengths := _lengths(args.lengths):
         sizes = replace(sizes, lengths=lengths, most_tokens=lengths[-1])
     model, tokenizer = load(

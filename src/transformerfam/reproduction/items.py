@@ -101,11 +101,12 @@ ITEMS: dict[str, Item] = {
         experiment=Experiment(
             variants=(
                 M0,
-                Variant("M1_SG", _windows(1, stop_gradient=True)),
+                # The others are where they stay after some hundred steps; not so without a gradient.
+                Variant("M1_SG", _windows(1, stop_gradient=True), steps=1000),
                 M1,
                 M2,
                 M4,
-                Variant("FAM, decay 0.3", _fam()),
+                Variant("FAM, decay 0.3", _fam(), steps=1000),
                 # A decay of 3 keeps logits small and the loss from ending at 0: what is written has
                 # to stand out of all else that is in FAM, and then it stands long. Windows learn
                 # nothing with it.
@@ -114,7 +115,7 @@ ITEMS: dict[str, Item] = {
                 Variant("FAM", _fam(feedback_rms=3.0), optimizer={"weight_decay": 3.0}, steps=2000),
             ),
             asked=("1 start",),
-            steps=1000,
+            steps=400,
             longest=3,
             lengths=_FAR,
             shape=_SHAPE,

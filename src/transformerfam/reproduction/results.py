@@ -10,6 +10,7 @@ weights as they were before. Every answer is kept when it is given, so that what
 from __future__ import annotations
 
 import glob
+import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,6 +20,7 @@ from transformerfam import answers, evaluate, report
 from transformerfam.config import FamConfig
 from transformerfam.data.files import plain_texts
 from transformerfam.errors import UserError
+from transformerfam.files import whole_file
 from transformerfam.plots import draw_curves
 from transformerfam.reproduction.page import Page, papers_tables
 from transformerfam.tasks import TASKS, Case, Wanted
@@ -34,7 +36,10 @@ READERS_SHOWN = {
     "full": "full attention, up to the length that the model was trained for",
     BASE: "that with the weights as they were before the adapter was put on them",
 }
-_HIDDEN = ("passkey", "passkey-middle", "passkey-late", "passkey-3", "babilong-qa1", "babilong-qa2")
+_HIDDEN = (
+    *("passkey", "passkey-middle", "passkey-late", "passkey-3", "recall"),
+    *("babilong-qa1", "babilong-qa2"),
+)
 _GPT3 = {
     "gpt3-arc-challenge": "arc_challenge",
     "gpt3-arc-easy": "arc_easy",
@@ -54,16 +59,21 @@ class Sizes:
     Attributes:
         lengths: of texts that something is hidden in, in tokens.
         hidden: texts at each length.
+        hidden_tokens: at lengths of which so many texts have more tokens than this, there are fewer
+            texts, at least one; None: there are not.
         documents: of each kind.
         most_tokens: documents are cut here.
+        full_tokens: and once more here, if that is shorter, so that full attention reads them too.
         long: questions of each file of `longqa/`.
         rows: of each file of `tasks/`.
     """
 
     lengths: tuple[int, ...] = (1024, 4096, 16_384, 65_536, 131_072)
     hidden: int = 10
+    hidden_tokens: int | None = None
     documents: int = 6
     most_tokens: int = 262_144
+    full_tokens: int = 8192
     long: int = 20
     rows: int = 300
 
@@ -80,23 +90,29 @@ def hidden(data: Path, tokenizer: Any, sizes: Sizes) -> list[Case]:
         filler=filler or [language_reference()],
         data={"babilong": str(data / "babi")} if (data / "babi").is_dir() else {},
     )
-    return [case for name in _HIDDEN for case in TASKS[name].cases(wanted)]
+    cases = [case for name in _HIDDEN for case in TASKS[name].cases(wanted)]
+    if sizes.hidden_tokens is None:
+        return cases
+    most = [max(1, sizes.hidden_tokens // case.setting["length"]) for case in cases]
+    return [replace(c, count=min(c.count, n)) for c, n in zip(cases, most, strict=True)]
 
 
 def documents(data: Path, tokenizer: Any, sizes: Sizes) -> list[Case]:
     """Whole books and formal proofs, by place."""
     # Proofs are programs, whatever their files are called.
     proofs = f"{glob.escape(str(data / 'proofs'))}/*"
+    cuts = sorted({min(sizes.full_tokens, sizes.most_tokens), sizes.most_tokens})
     return [
         case
         for name, path in (("books", str(data / "books")), ("proofs", proofs))
         if (data / name).is_dir()
+        for most_tokens in cuts
         for case in TASKS["documents"].cases(
             Wanted(
                 tokenizer,
                 samples=sizes.documents,
                 data={"documents": path},
-                most_tokens=sizes.most_tokens,
+                most_tokens=most_tokens,
             )
         )
     ]
@@ -121,12 +137,12 @@ def gpt3(data: Path, tokenizer: Any, sizes: Sizes) -> list[Case]:
     return [case for name in here for case in TASKS[name].cases(wanted)]
 
 
-_GPT3_HEADING = "GPT-3's tasks"
+_DOCUMENTS_HEADING, _GPT3_HEADING = "Whole documents", "GPT-3's tasks"
 Group = Callable[[Path, Any, Sizes], list[Case]]
 # heading -> what is asked
 GROUPS: dict[str, Group] = {
     "Keys and facts in long prose": hidden,
-    "Whole documents": documents,
+    _DOCUMENTS_HEADING: documents,
     "Questions about long documents, and summaries": long_questions,
     _GPT3_HEADING: gpt3,
 }
@@ -190,8 +206,11 @@ def results_page(
     about: str,
     folder: Path,
 ) -> Page:
-    """The page: a table for each group, a picture of what has a length or place."""
+    """The page: a table for each group, a picture of what has a length or place; and the numbers."""
     title, _, tables = ITEMS[name]
+    cases = [case for group in groups.values() for case in group]
+    asked = {evaluate.case_key(case) for case in cases}
+    lines = [line for line in lines if evaluate.line_key(line) in asked]
     page = Page(name, [f"# {title}", "", f"    {command}", "", about, ""])
     panels = answers.panels_of(lines)
     if panels:
@@ -204,13 +223,29 @@ def results_page(
     readers = [name for name in READERS_SHOWN if name in present]
     explained = "; ".join(f"`{name}`: {READERS_SHOWN[name]}" for name in readers)
     page.lines += [f"Mean and standard error. {explained}.", ""]
-    for heading, cases in groups.items():
-        page.lines += [f"## {heading}", ""]
-        page.lines += [report.markdown_table(*answers.table_of(lines, cases, readers)), ""]
-        if heading == _GPT3_HEADING and BASE in present:
-            page.lines += [_got_worse(lines, cases), ""]
+    numbers = answers.summaries(lines, cases, readers)
+    with whole_file(folder / f"{name}.json") as beside:
+        beside.write_text(json.dumps(numbers, indent=1) + "\n", encoding="utf-8")
+    page.lines += [f"All of it: [{name}.json]({name}.json).", ""]
+    for heading, group in groups.items():
+        page.lines += _section(heading, group, lines, readers)
     page.lines += papers_tables(tables)
     return page
+
+
+def _section(
+    heading: str, cases: Sequence[Case], lines: Sequence[evaluate.Line], readers: Sequence[str]
+) -> list[str]:
+    """The tables of a group, in Markdown."""
+    said = [f"## {heading}", ""]
+    said += [report.markdown_table(*answers.table_of(lines, cases, readers)), ""]
+    if heading == _DOCUMENTS_HEADING:
+        for case in cases:
+            said += [f"Perplexity of {case.label.removeprefix('documents ')} by place:", ""]
+            said += [report.markdown_table(*answers.places_of(lines, case, readers)), ""]
+    if heading == _GPT3_HEADING and BASE in readers:
+        said += [_got_worse(lines, cases), ""]
+    return said
 
 
 def _got_worse(lines: Sequence[evaluate.Line], cases: Sequence[Case]) -> str:

@@ -108,14 +108,14 @@ class Case:
     def label(self) -> str:
         """The task and what tells its cases apart, but for the axis."""
         others = [
-            _name(Path(v)) if k == "data" else str(v)
+            data_name(Path(v)) if k == "data" else str(v)
             for k, v in self.setting.items()
             if k != self.axis and v is not None
         ]
         return " ".join([self.task, *others])
 
 
-def _name(data: Path) -> str:
+def data_name(data: Path) -> str:
     """A file's or folder's name, or that of the folder whose files are all meant."""
     return data.parent.name if data.name == "*" else data.name
 
