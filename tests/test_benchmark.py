@@ -104,6 +104,8 @@ def test_demo_reads_asks_saves_and_draws(
     assert code == 0
     assert "The feedback memory has lost the key." in out  # nothing was trained
     assert "opened again and asked again: " in out
+    assert out.index(f"> {demo._CONVERSATION[0]}") < out.index("(memory saved, ")
+    assert out.index("(memory saved, ") < out.index(f"> {demo._CONVERSATION[1]}")
     assert picture.read_bytes().startswith(b"\x89PNG")
     found = json.loads(numbers.read_text())
     readers = {reader["name"]: reader for reader in found["readers"]}

@@ -6,6 +6,7 @@ import argparse
 import json
 import random
 import tempfile
+import textwrap
 import time
 from dataclasses import dataclass, field
 from itertools import islice
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 HELP = "watch a small real model remember what it read long ago, in constant memory"
 _ANSWER_TOKENS = 6  # a space and five digits
 _FIRST_ASKED = 256  # tokens read; then after twice as many, and so on
+_CONVERSATION = ("What is the capital of France?", "What is it famous for? One sentence.")
+_TALK_BLOCK, _REPLY_TOKENS = 64, 48
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,7 +38,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "which every Python carries: with its trained feedback memory, with the same weights and "
         "windows without feedback, and as it was before, with full attention as far as that fits. Ask "
         "all of them for the key on the way, and the first again from a memory that was saved and "
-        "opened again; draw loss and memory by length."
+        "opened again; talk with the model, its memory saved and opened between two turns; draw loss "
+        "and memory by length."
     )
     parser.add_argument(
         "--tokens",
@@ -116,6 +120,7 @@ def run(args: argparse.Namespace) -> int:
     print(f"Asked on the way:{question} ...\n\n{_answers_table(shown)}\n")
     print(f"{_sizes_table(shown)}\n\n{_verdict(shown)}\n")
     print(f"{_reopened(shown, tokenizer, kept, asked)}\n")
+    print(f"{_talked(before, tokenizer)}\n")
     if args.json:
         _write_json(args.json, shown)
     return _draw(args.out, shown)
@@ -264,18 +269,45 @@ def _verdict(shown: Shown) -> str:
 
 def _reopened(shown: Shown, tokenizer: Any, memory: Memory, asked: Sequence[int]) -> str:
     """What is said from a memory that was saved and opened again."""
+    model = shown.variants[0].model
+    opened, size = _saved_and_opened(memory, model)
+    return (
+        f"The memory after {memory.position[0]:,} tokens, saved ({size}), opened again and asked again: "
+        f"{_marked(_say(model, opened, tokenizer, asked), shown.key)}"
+    )
+
+
+def _talked(before: Any, tokenizer: Any) -> str:
+    """A conversation in windows with sinks, as `fam chat` holds it, saved and opened in between."""
+    from transformerfam import models
+    from transformerfam.conversion import twin
+    from transformerfam.memory import Memory
+    from transformerfam.turns import answer
+
+    model = twin(before, models.reading_config().replace(block_size=_TALK_BLOCK))
+    memory, said = Memory.for_model(model), [f"A conversation ({model.fam_config.describe()}):\n"]
+    for turn, question in enumerate(_CONVERSATION):
+        if turn:
+            memory, size = _saved_and_opened(memory, model)
+            said.append(f"  (memory saved, {size}, and opened again)")
+        reply = answer(
+            model, tokenizer, memory, question, first=not turn, max_new_tokens=_REPLY_TOKENS
+        )
+        said += [
+            f"  > {question}",
+            *textwrap.wrap("".join(reply), 90, initial_indent="  ", subsequent_indent="  "),
+        ]
+    return "\n".join(said)
+
+
+def _saved_and_opened(memory: Memory, model: Any) -> tuple[Memory, str]:
+    """The memory as a file gives it back, and the size of the file."""
     from transformerfam.memory import Memory
 
-    model = shown.variants[0].model
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "demo.fam"
         memory.save(file, model)
-        size = report.size(file.stat().st_size)
-        said = _say(model, Memory.load(file, model), tokenizer, asked)
-    return (
-        f"The memory after {memory.position[0]:,} tokens, saved ({size}), opened again and asked again: "
-        f"{_marked(said, shown.key)}"
-    )
+        return Memory.load(file, model), report.size(file.stat().st_size)
 
 
 def _marked(said: str, key: str) -> str:
