@@ -14,11 +14,10 @@ from variants import VARIANTS  # noqa: E402
 
 __all__ = ["book", "fam", "folder", "processes"]
 
-# With these, which between them use every field and every kind of layer, a test is quick; with the
-# others it is a slow one.
+# With these, of every kind of layer and memory, a test is quick; with the others it is a slow one.
 QUICK_VARIANTS = {
     *("paper", "bswa with sinks", "static prefix", "float, query at block end", "cap per slot"),
-    *("fam bias", "xl with sinks", "longformer", "bigbird", "stopped gradient"),
+    *("rms of 3", "fam bias", "xl with sinks", "longformer", "bigbird", "stopped gradient"),
     *("feedback segments", "compressive, delta"),
 }
 QUICK_FAMILIES = {"Cohere 2", "GPT-NeoX", "Gemma 2", "gpt-oss", "Llama", "Phi-3", "Qwen3-MoE"}

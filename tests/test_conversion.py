@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from families import FAMILIES, VOCABULARY, some_tokens, tiny
+from families import FAMILIES, VOCABULARY, converted, some_tokens, tiny
 from tokenizers import Tokenizer, models
 from torch import Tensor
 from transformers import (
@@ -187,6 +187,18 @@ def test_reconfiguring_equals_converting_anew() -> None:
     model = reconfigure(convert(tiny(), CONFIG), other)
     assert torch.equal(logits(model), logits(convert(tiny(), other)))
     assert torch.equal(logits(reconfigure(tiny(), other)), logits(model))
+
+
+@pytest.mark.parametrize(
+    "name", ["paper", "prefix", "full", "compressive, delta", "feedback segments", "cap per slot"]
+)
+def test_a_model_of_the_tests_is_what_converting_gives(name: str) -> None:
+    ours, expected = converted(VARIANTS[name]), convert(tiny(), VARIANTS[name])
+    assert ours.config.to_dict() == expected.config.to_dict()
+    ours_by_name, expected_by_name = (dict(m.named_parameters()) for m in (ours, expected))
+    assert ours_by_name.keys() == expected_by_name.keys()
+    assert all(torch.equal(p, expected_by_name[n]) for n, p in ours_by_name.items())
+    assert torch.equal(logits(ours), logits(expected))
 
 
 def test_a_memory_of_the_geometry_before_is_refused() -> None:

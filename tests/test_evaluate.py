@@ -7,12 +7,13 @@ import math
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from command_line import Run, refused
 from families import converted, some_tokens, tiny
 
-from transformerfam import FamConfig, evaluate
+from transformerfam import FamConfig, conversion, evaluate
 from transformerfam.answers import panels_of, places_of, summaries
 from transformerfam.errors import UserError
 from transformerfam.tasks.cases import Case
@@ -74,6 +75,25 @@ def test_readers_that_cannot_differ_yet_are_asked_once(
             question: Any = ask_.case.make(ask_.number)
             assert line["metrics"] == ask(question, ask_.reader.model)
             assert ("same_as" in line) == (models.index(ask_.reader.model) != n)
+
+
+def test_an_adapter_makes_other_weights(model: Any) -> None:
+    twins = [evaluate.Reader(n, conversion.twin(model, CONFIG)) for n in ("model", "adapted")]
+    assert twins[0].same_as(twins[1], 8) and not twins[0].same_as(twins[1], 9)
+    peft.get_peft_model(twins[1].model, peft.LoraConfig(target_modules=["q_proj"]))
+    assert not twins[0].same_as(twins[1], 8)
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3])
+def test_processes_share_questions_and_not_readers(model: Any, processes: int) -> None:
+    readers = evaluate.readers(model, ["model", "full"], full_limit=None)
+    cases = [case(), case(length=40, count=2)]
+    parts = [evaluate.plan(readers, cases, n, processes) for n in range(processes)]
+    keys = [ask.key for part in parts for ask in part]
+    assert sorted(keys) == sorted(ask.key for ask in evaluate.plan(readers, cases))
+    for part in parts:
+        names = [ask.reader.name for ask in part]
+        assert names == ["model", "full"] * (len(part) // 2)
 
 
 def test_what_was_asked_is_kept_and_not_asked_again(model: Any, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from variants import VARIANTS
 from transformerfam import FamConfig, Memory
 
 B = 6
-LENGTHS = (B - 1, B + 1, 5 * B + 1)
+LENGTHS = (1, B, B + 1, 5 * B + 1)
 
 
 @pytest.mark.parametrize("name", VARIANTS)

@@ -235,4 +235,4 @@ def test_continuations_that_take_too_much_memory_side_by_side_are_read_in_groups
         in_groups = [scored.nats for scored in score_each(MODEL, CONTINUATIONS, memory)]
         assert in_groups == pytest.approx(at_once, abs=1e-4)
     with pytest.raises(ValueError, match=f"Token {VOCABULARY} is not in"):
-        score_each(MODEL, [[1], [VOCABULARY]], memory)
+        list(score_each(MODEL, [[1], [VOCABULARY]], memory))

@@ -21,7 +21,7 @@ import torch
 import transformers
 
 from transformerfam import __version__
-from transformerfam.config import FamConfig
+from transformerfam.config import ADDED_MODULES, FamConfig
 from transformerfam.conversion import twin
 from transformerfam.errors import UserError
 from transformerfam.files import append_line, whole_file
@@ -57,9 +57,19 @@ class Reader:
 
     def same_as(self, other: Reader, tokens: int) -> bool:
         """Whether both read so many tokens alike: the same weights, and no memory needed yet."""
-        weights = (each.model.get_input_embeddings().weight for each in (self, other))
         plain = (each.config.plain_length for each in (self, other))
-        return next(weights) is next(weights) and all(n is None or tokens <= n for n in plain)
+        if any(n is not None and tokens > n for n in plain):
+            return False
+        return _weights_as_objects(self.model) == _weights_as_objects(other.model)
+
+
+def _weights_as_objects(model: Any) -> dict[str, int]:
+    """Parameter -> the tensor it is; not of modules that only a memory uses."""
+    return {
+        name: id(tensor)
+        for name, tensor in model.named_parameters()
+        if not any(module in name for module in ADDED_MODULES)
+    }
 
 
 READERS = ("model", "bswa", "sinks", "full")
@@ -114,12 +124,14 @@ class Ask:
         return f"{self.reader.name}|{self.case.task}|{self.case.version}|{setting}|{self.number}"
 
 
-def plan(readers: Sequence[Reader], cases: Sequence[Case]) -> list[Ask]:
-    """All that is to be asked, all readers in turn about each question."""
+def plan(
+    readers: Sequence[Reader], cases: Sequence[Case], process: int = 0, processes: int = 1
+) -> list[Ask]:
+    """What one of several processes is to ask, all readers in turn about each question."""
+    questions = [(case, number) for case in cases for number in range(case.count)]
     return [
         Ask(reader, case, number)
-        for case in cases
-        for number in range(case.count)
+        for case, number in questions[process::processes]
         for reader in readers
     ]
 

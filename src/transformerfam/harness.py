@@ -66,7 +66,7 @@ class StreamingLM(TemplateLM):
         add_bos_token: whether texts get the tokenizer's special tokens; None: as it does by itself.
         prefix_token_id: what stands before a text without context; by default the token of the
             beginning, else of the end.
-        batch_size: accepted and ignored: requests are read one after the other.
+        batch_size: accepted and ignored: contexts are read one after the other.
         max_batch_size: as `batch_size`.
         geometry: any field of `FamConfig`; by default that of the model or adapter.
 
@@ -203,7 +203,7 @@ class StreamingLM(TemplateLM):
                     found.append((-each.nats, bool(each.hits.all())))
                     if key is not None:
                         self.cache_hook.add_partial("loglikelihood", key, found[-1])
-                bar.update(len(same))
+                    bar.update()
         return found
 
     def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> list[float]:

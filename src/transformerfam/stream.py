@@ -136,40 +136,47 @@ class Scored:
     hits: Tensor
 
 
-def score_each(model: Any, continuations: Sequence[Sequence[int]], memory: Memory) -> list[Scored]:
+def score_each(
+    model: Any, continuations: Sequence[Sequence[int]], memory: Memory
+) -> Iterator[Scored]:
     """How well each of several continuations of one stream is predicted, read side by side.
 
-    Short ones cost little more than one of them. No gradients.
+    Where rows of memory are small, short ones cost little more than one of them. No gradients.
 
     Args:
         model: a TransformerFAM.
         continuations: token ids, of any lengths.
         memory: where the stream stands, one row; it stays there.
 
+    Yields:
+        A `Scored` for each, in their order, some at a time.
+
     Raises:
         ValueError: as `read`.
     """
     memory = _single_row(model, memory)
-    longest = max(map(len, continuations), default=0)
-    vocabulary = model.config.get_text_config().vocab_size
-    each = memory.nbytes + 4 * vocabulary * longest
-    # Rows of memory that runs through the stack cannot be padded.
-    rows = 1 if memory.config.through_stack else max(1, _SIDE_BY_SIDE_BYTES // max(1, each))
-    found = []
+    rows = _rows_side_by_side(model, continuations, memory)
     for start in range(0, len(continuations), rows):
         group = continuations[start : start + rows]
-        found += (
-            _side_by_side(model, group, memory)
-            if len(group) > 1
-            else _alone(model, group[0], memory)
-        )
-    return found
+        if len(group) == 1:
+            yield _alone(model, group[0], memory)
+        else:
+            yield from _side_by_side(model, group, memory)
 
 
-def _alone(model: Any, ids: Sequence[int], memory: Memory) -> list[Scored]:
+def _rows_side_by_side(model: Any, continuations: Sequence[Sequence[int]], memory: Memory) -> int:
+    # Rows of memory that runs through the stack cannot be padded; a fresh memory does not know yet how
+    # large it will be.
+    if memory.config.through_stack or not memory.is_initialized:
+        return 1
+    logits = 4 * model.config.get_text_config().vocab_size * max(map(len, continuations), default=0)
+    return max(1, _SIDE_BY_SIDE_BYTES // (memory.nbytes + logits))
+
+
+def _alone(model: Any, ids: Sequence[int], memory: Memory) -> Scored:
     chunks = list(read(model, ids, memory.fork()))
     hits = [chunk.hits for chunk in chunks] or [torch.zeros(0, dtype=torch.bool)]
-    return [Scored(sum(chunk.nats for chunk in chunks), torch.cat(hits))]
+    return Scored(sum(chunk.nats for chunk in chunks), torch.cat(hits))
 
 
 def _side_by_side(model: Any, group: Sequence[Sequence[int]], memory: Memory) -> list[Scored]:

@@ -146,9 +146,9 @@ def run(args: argparse.Namespace) -> int:
     cases = [case for name in names for case in TASKS[name].cases(wanted)]
     readers = evaluate.readers(session.model, args.readers.split(","), full_limit=args.full_limit)
     results = evaluate.Results(Path(args.output), readers, seed=args.seed, process=process)
-    asks = evaluate.plan(readers, cases)
+    asks = evaluate.plan(readers, cases, process, processes)
     began = time.monotonic()
-    stopped = _ask_all(asks[process::processes], results, progress)
+    stopped = _ask_all(asks, results, progress)
     if process == 0:
         print(_table(results.folder, cases, readers))
         took = report.duration(time.monotonic() - began)
@@ -229,7 +229,7 @@ def _ask_all(asks: Sequence[Ask], results: Any, progress: report.Progress) -> bo
         lambda: _session.say_at_once("Stopping after this question; Ctrl-C again stops at once.")
     ) as stop:
         for done, (ask, line) in enumerate(evaluate.evaluate(todo, results), 1):
-            tokens += line["tokens"] if "metrics" in line else 0
+            tokens += line["tokens"] if "seconds" in line else 0  # not skipped, not another's
             seconds = time.monotonic() - began
             left = seconds / done * (len(todo) - done)
             progress.update(

@@ -107,8 +107,8 @@ def _add_real_data(parser: argparse.ArgumentParser) -> None:
         "--samples",
         metavar="COUNT",
         type=options.whole(1),
-        help="for results, table2 and table12: questions of each kind, for a quick look; of texts "
-        f"longer than {_LOOK_TOKENS:,} tokens fewer, as many as make up the same number of tokens",
+        help="for results, table2 and table12: questions of each kind, for a quick look; of keys and "
+        f"facts in more than {_LOOK_TOKENS:,} tokens fewer, down to one",
     )
 
 

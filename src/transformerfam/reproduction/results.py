@@ -257,7 +257,7 @@ def _got_worse(lines: Sequence[evaluate.Line], cases: Sequence[Case]) -> str:
         model, base = (
             evaluate.summarise(found.get(name, []), case.metric) for name in (READERS[0], BASE)
         )
-        if model and base and base.mean - model.mean > (base.error or 0.0):
+        if model and base and base.error is not None and base.mean - model.mean > base.error:
             worse.append(f"{answers.named(case)} ({model.mean:.3f} after {base.mean:.3f})")
     if not worse:
         return "In none of them is the model worse than `base` by more than a standard error."
@@ -269,6 +269,6 @@ def describe(model: Any, adapter: str | None) -> str:
     with_adapter = f" with the adapter {adapter}" if adapter else ", nothing trained"
     return (
         f"{Path(str(model.config._name_or_path)).name}{with_adapter}: {model.fam_config.describe()}. "
-        "Texts of one block are read alike by all readers: the first block sees no FAM, and lies in "
-        "every window."
+        "Texts of one block are read alike by all readers of the same weights: the first block sees no "
+        "FAM, and lies in every window."
     )
