@@ -32,12 +32,22 @@ def recipe(**data: object) -> Recipe:
     return Recipe.from_dict({"data": settings})
 
 
-def source(*lengths: int, rows: int = 4) -> PasskeySource:
-    return PasskeySource(PasskeyTexts(TOKENIZER, lengths=lengths), rows)
+def source(*lengths: int, rows: int = 4, alike: bool = True) -> PasskeySource:
+    return PasskeySource(PasskeyTexts(TOKENIZER, lengths=lengths), rows, alike=alike)
 
 
 def drawn(texts: PasskeySource) -> list[int]:
     return [len(texts.draw(n).ids) for n in range(0, 400, 4)]
+
+
+def test_rows_of_a_step_are_as_long_as_each_other_or_each_as_long_as_it_comes() -> None:
+    steps = [drawn(source(100, 400))[i : i + 4] for i in range(0, 20, 4)]
+    assert all(len(set(step)) == 1 for step in steps) and len({step[0] for step in steps}) > 1
+    own = drawn(source(100, 400, alike=False))
+    assert any(len(set(own[i : i + 4])) > 1 for i in range(0, 20, 4))
+    limited = source(100, 400, alike=False)
+    limited.longest = 150
+    assert max(drawn(limited)) <= 150
 
 
 def test_texts_are_short_until_their_answers_are_right() -> None:

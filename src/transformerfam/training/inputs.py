@@ -33,23 +33,25 @@ from transformerfam.training.settings import SourceSettings
 
 @dataclass
 class PasskeySource:
-    """Texts of the same length in all rows of a step: a batch then needs no filling up.
+    """Texts as long as each other in all rows of a step: a batch then needs no filling up.
 
     Attributes:
         texts: makes them.
         rows: of a step.
         longest: none is longer, unless all lengths are; None: no limit.
+        alike: whether those of a step are as long as each other; else each has a length of its own.
     """
 
     texts: PasskeyTexts
     rows: int
     longest: int | None = None
+    alike: bool = True
 
     def draw(self, number: int) -> Example:
         """See `Source`."""
-        of_step = random.Random(f"{self.texts.seed}/length/{number // self.rows}")
-        rng = random.Random(f"{self.texts.seed}/passkey/{number}")
-        return self.texts.example(rng, of_step.choice(self._lengths()))
+        shared = number // self.rows if self.alike else number
+        length = random.Random(f"{self.texts.seed}/length/{shared}").choice(self._lengths())
+        return self.texts.example(random.Random(f"{self.texts.seed}/passkey/{number}"), length)
 
     def _lengths(self) -> Sequence[int]:
         if self.longest is None or max(self.texts.lengths) <= self.longest:
@@ -187,7 +189,8 @@ def _source(
         seed=seed,
     )
     _check_room(texts, f"data.sources.{place}.lengths")
-    return PasskeySource(texts, recipe.data.batch_size, recipe.data.begin_length or None)
+    longest = recipe.data.begin_length or None
+    return PasskeySource(texts, recipe.data.batch_size, longest, settings.lengths_alike)
 
 
 def _check_room(texts: PasskeyTexts, key: str) -> None:

@@ -81,6 +81,11 @@ class SourceSettings:
         1,
         "passkey, facts: lengths are multiples of this; block_size keeps the blocks of a batch alike",
     )
+    lengths_alike: bool = _setting(
+        True,
+        "passkey, facts: all rows of a step are as long as each other, if the source is alone; or each "
+        "as long as it comes, so that a memory cannot go by places",
+    )
     where: str | float = _setting(
         "start", "passkey, facts: where the key stands: `start`, `anywhere`, or a depth from 0 to 1"
     )
