@@ -44,12 +44,12 @@ def test_rows_of_a_step_are_as_long_as_each_other_or_each_as_long_as_it_comes() 
     def steps(texts: PasskeySource) -> list[set[int]]:
         return [{len(texts.draw(row).ids) for row in range(n, n + 4)} for n in range(0, 40, 4)]
 
-    alike, own = steps(source(100, 400)), steps(source(100, 400, alike=False))
+    alike, own = steps(source(300, 1000)), steps(source(300, 1000, alike=False))
     assert all(len(lengths) == 1 for lengths in alike) and len(set.union(*alike)) > 5
     assert all(len(lengths) > 1 for lengths in own)
-    limited = source(100, 400, alike=False)
-    limited.longest = 150
-    assert max(set.union(*steps(limited))) <= 150
+    limited = source(300, 1000, alike=False)
+    limited.longest = 400
+    assert max(set.union(*steps(limited))) <= 400
 
 
 def test_texts_are_short_until_their_answers_are_right() -> None:
