@@ -97,19 +97,12 @@ _LIGHT = Variant("FAM, decay 0.3", _fam(), steps=1000)
 _HEAVY = Variant("FAM, decay 3", _fam(), optimizer={"weight_decay": 3.0}, steps=2000)
 # Rescaled to 3, F has a third of an update's weight in what it is: it holds longer.
 _LONG = replace(_HEAVY, name="FAM", fam=_fam(feedback_rms=3.0))
-_FIGURE_3A = Experiment(
-    variants=(
-        M0,
-        # The others are where they stay after some hundred steps; not so without a gradient.
-        Variant("M1_SG", _windows(1, stop_gradient=True), steps=1000),
-        *(M1, M2, M4, _LIGHT, _LONG),
-    ),
-    asked=("1 start",),
-    steps=400,
-    longest=3,
+_FIGURE_3A = _ablation(
+    M0,
+    # The others are where they stay after some hundred steps; not so without a gradient.
+    Variant("M1_SG", _windows(1, stop_gradient=True), steps=1000),
+    *(M1, M2, M4, _LIGHT, _LONG),
     lengths=_FAR,
-    shape=_SHAPE,
-    optimizer=_OPTIMIZER,
 )
 
 ITEMS: dict[str, Item] = {
