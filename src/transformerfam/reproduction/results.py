@@ -27,7 +27,7 @@ from transformerfam.tasks import TASKS, Case, Wanted
 
 # A memory that was not trained, for a look without an adapter.
 UNTRAINED = FamConfig(block_size=256, memory_segments=1, fam_length=8)
-READERS = ("model", "bswa", "sinks", "full")
+READERS = evaluate.READERS
 BASE = "base"
 READERS_SHOWN = {
     "model": "the model as it is",
