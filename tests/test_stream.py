@@ -211,6 +211,45 @@ def test_nothing_to_continue_is_refused(tmp_path: Path) -> None:
 CONTINUATIONS = [TEXT[20:23], TEXT[30:31], [], TEXT[40:57], TEXT[20:23]]
 
 
+@pytest.mark.parametrize("before", [0, 2, 13])
+@pytest.mark.parametrize(
+    "name", ["bswa", "bswa with sinks", "swa with sinks", "narrow swa", "xl with sinks"]
+)
+def test_windows_pass_over_what_they_cannot_reach(name: str, before: int) -> None:
+    config = VARIANTS[name].without_feedback()
+    model = converted(config)
+    reach = config.blocks_within_reach(len(Memory.for_model(model)))
+    assert reach is not None
+    for length in range(6 * reach, 6 * reach + 25, 4):
+        text = some_tokens(1, before + length + 9, seed=length)[0].tolist()
+        here, after = before + length, text[before + length :]
+        memory = absorb(model, text[before:here], absorb(model, text[:before]))
+        whole = absorb(model, iter(text[:here]))
+        assert memory.position == whole.position
+        assert memory.next_logits is not None
+        assert whole.next_logits is not None
+        same(memory.next_logits, whole.next_logits)
+        same(losses_of(read(model, after, memory)), losses_of(read(model, after, whole)))
+
+
+def test_only_windows_without_a_memory_pass_anything_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    promised = {n for n, config in VARIANTS.items() if config.blocks_within_reach(3) is not None}
+    assert promised == {"bswa", "bswa with sinks"}
+    counts: list[int] = []
+    advance = stream._advance
+
+    def counting(model: Any, ids: list[int], *rest: Any, **options: Any) -> Any:
+        counts.append(len(ids))
+        return advance(model, ids, *rest, **options)
+
+    monkeypatch.setattr(stream, "_advance", counting)
+    absorb(converted(VARIANTS["bswa"]), some_tokens(1, 200)[0].tolist())
+    # The first block, and before the last two tokens one past block of 6 for each of three layers.
+    assert sum(counts) == 6 + 3 * 6 + 2
+    absorb(converted(VARIANTS["paper"]), some_tokens(1, 200)[0].tolist())
+    assert sum(counts) == 26 + 200
+
+
 @pytest.mark.parametrize("before", [0, 13])
 @pytest.mark.parametrize("name", ["paper", "sinks, no segments", "full without feedback", "RMT"])
 def test_continuations_side_by_side_are_scored_as_each_alone(name: str, before: int) -> None:

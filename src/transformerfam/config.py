@@ -221,6 +221,16 @@ class FamConfig:
         window = self.window_length or (self.memory_segments + 1) * self.block_size
         return layers * window
 
+    def blocks_within_reach(self, layers: int) -> int | None:
+        """Past blocks that a token may depend on, anchors aside; None: all, or nobody promises it.
+
+        A layer sees P / B past blocks, so L layers above each other see L·P / B.
+        """
+        if self.keeps_everything or self.memory_name or self.attention == "longformer":
+            return None
+        assert self.past_length is not None
+        return layers * self.past_length // self.block_size
+
     @property
     def plain_length(self) -> int | None:
         """Tokens at the start of a stream that are read as the original model reads them.

@@ -104,9 +104,12 @@ def read(
 def absorb(model: Any, tokens: Iterable[int], memory: Memory | None = None) -> Memory:
     """Read a stream without scoring it, which saves the output head, and return its memory.
 
+    Of a sequence, such as a list, only what can matter is read: under windows without a memory the
+    tokens that no later one can reach through all layers are passed over, and the memory is the same.
+
     Args:
         model: a TransformerFAM.
-        tokens: ids of one stream, taken lazily.
+        tokens: ids of one stream; taken lazily, but for a sequence.
         memory: where the stream stands, one row; advanced in place. None: a fresh stream.
 
     Returns:
@@ -116,11 +119,34 @@ def absorb(model: Any, tokens: Iterable[int], memory: Memory | None = None) -> M
         ValueError: as `read`.
     """
     memory = _single_row(model, memory)
+    if isinstance(tokens, Sequence):
+        tokens = _pass_over_unreachable(model, tokens, memory)
+    _absorb_all(model, tokens, memory)
+    return memory
+
+
+def _absorb_all(model: Any, tokens: Iterable[int], memory: Memory) -> None:
     chunk_length = _chunk_lengths(model, memory, None)
     source = iter(tokens)
     while ids := list(islice(source, chunk_length(memory.position[0]))):
         _advance(model, ids, memory, keep=1)
-    return memory
+
+
+def _pass_over_unreachable(model: Any, tokens: Sequence[int], memory: Memory) -> Sequence[int]:
+    """What is still to read, after `memory` was taken past what nothing after it can reach."""
+    B, position = memory.config.block_size, memory.position[0]
+    reach = memory.config.blocks_within_reach(len(memory))
+    if reach is None:
+        return tokens
+    _check_vocabulary(model, tokens)
+    # The block being read is read to its end: the first one has the anchors, and blocks begin whole.
+    end = -(-max(position, 1) // B) * B
+    start = (position + len(tokens) - 1) // B * B - reach * B
+    if start <= end:
+        return tokens
+    _absorb_all(model, tokens[: end - position], memory)
+    memory.position = (start,)
+    return tokens[start - position :]
 
 
 @dataclass(frozen=True)
