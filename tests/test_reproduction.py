@@ -23,6 +23,7 @@ from transformerfam.reproduction.experiment import Experiment, Planned, Shape, V
 from transformerfam.reproduction.items import ITEMS, Claim
 from transformerfam.reproduction.machine import MACHINE
 from transformerfam.reproduction.runs import results_of
+from transformerfam.tasks import Case
 
 TOKENIZER = TOKENIZERS["gpt2"]
 SHAPE = Shape(width=16, layers=2, block=24, digits=3, rows=4)
@@ -442,7 +443,7 @@ def test_real_data_makes_one_page_and_is_not_asked_twice(
     ):
         assert named in text
     # The fixture's adapter changes nothing.
-    assert "In none of them is the model worse than `base` by more than a standard error." in text
+    assert "One question of each does not tell whether the model is worse than `base`." in text
     numbers = json.loads((tmp_path / "out" / "results.json").read_text())
     assert {n["reader"] for n in numbers} == {"model", "bswa", "sinks", "full", "base"}
     (books,) = (n for n in numbers if n["task"] == "documents books 160" and n["reader"] == "full")
@@ -519,3 +520,44 @@ def test_of_longer_texts_fewer_are_asked_and_documents_are_cut_for_full_attentio
     assert [counts["recall", n] for n in (128, 512, 2048)] == [8, 2, 1]
     cuts = [c.setting["most_tokens"] for c in results.documents(data, TOKENIZER, sizes)]
     assert cuts == [8192, 262_144] * 2
+
+
+def answered(reader: str, case: Case, values: list[float]) -> list[dict[str, Any]]:
+    """Lines of one reader, a question a value."""
+    return [
+        {"task": case.task, "version": case.version, "setting": dict(case.setting)}
+        | {"reader": reader, "question": number, "metrics": {case.metric: value}}
+        for number, value in enumerate(values)
+    ]
+
+
+def test_what_held_on_real_data_is_judged_question_by_question(data: Path) -> None:
+    (case,) = results.gpt3(data, TOKENIZER, results.Sizes())
+    groups = {"GPT-3's tasks": [case]}
+    windows = answered("bswa", case, [0.0, 1.0] * 50)
+    for model, verdict in (
+        (
+            [0.0, 1.0] * 48 + [1.0] * 4,
+            "is open**: 0.520 against 0.500, a difference of +0.020 ± 0.014",
+        ),
+        (
+            [0.0, 1.0] * 40 + [1.0] * 20,
+            "held**: 0.600 against 0.500, a difference of +0.100 ± 0.030",
+        ),
+        ([0.0] * 100, "did not hold: it does worse**: 0.000 against 0.500"),
+    ):
+        lines = answered("model", case, model) + windows
+        (said,) = results.held(groups, lines)
+        assert said.startswith("That the memory does better than its windows alone, GPT-3 Rank, **")
+        assert verdict in said
+        assert said.endswith("asked 100 times.")
+    assert results.held(groups, windows) == []
+
+
+def test_what_got_worse_by_training_is_named(data: Path) -> None:
+    (case,) = results.gpt3(data, TOKENIZER, results.Sizes())
+    before = answered("base", case, [0.0, 1.0] * 10)
+    same = answered("model", case, [1.0, 0.0] * 10)
+    worse = answered("model", case, [0.0] * 20)
+    assert "In none" in results._got_worse(before + same, [case])
+    assert "gpt3-piqa piqa.jsonl (0.000 after 0.500)" in results._got_worse(before + worse, [case])

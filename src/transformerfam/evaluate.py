@@ -322,6 +322,24 @@ def summarise(lines: Sequence[Line], metric: str) -> Summary | None:
     return Summary(mean, math.sqrt(spread * n / (n - 1)) / total, n)
 
 
+def paired(lines: Sequence[Line], others: Sequence[Line], metric: str) -> list[Line]:
+    """Lines of the questions of a case that two readers answered, side by side.
+
+    What makes a question hard for both does not blur their difference.
+
+    Returns:
+        Lines with the metrics `first`, `second` and `difference`, of what was `metric`.
+    """
+    seconds = {line["question"]: line["metrics"] for line in others if "metrics" in line}
+    found = []
+    for line in lines:
+        if "metrics" in line and line["question"] in seconds:
+            first, second = line["metrics"][metric], seconds[line["question"]][metric]
+            both = {"first": first, "second": second, "difference": first - second}
+            found.append({**line, "metrics": {**line["metrics"], **both}})
+    return found
+
+
 CaseKey = tuple[str, int, str]
 
 

@@ -107,8 +107,14 @@ def _add_real_data(parser: argparse.ArgumentParser) -> None:
         "--samples",
         metavar="COUNT",
         type=options.whole(1),
-        help="for results, table2 and table12: questions of each kind, for a quick look; of keys and "
-        f"facts in more than {_LOOK_TOKENS:,} tokens fewer, down to one",
+        help="for results: questions of each kind, for a quick look; of keys and facts in more than "
+        f"{_LOOK_TOKENS:,} tokens fewer, down to one",
+    )
+    parser.add_argument(
+        "--rows",
+        metavar="COUNT",
+        type=options.whole(1),
+        help="for results, table2 and table12: questions of each of GPT-3's tasks (default: 300)",
     )
 
 
@@ -237,8 +243,10 @@ def _results(name: str, args: argparse.Namespace, folder: Path, command: str) ->
         raise UserError(f"{name} asks about real data; give it with --data FOLDER.")
     sizes = results.Sizes()
     if args.samples:
-        counts = dict.fromkeys(("hidden", "documents", "long", "rows"), args.samples)
+        counts = dict.fromkeys(("hidden", "documents", "long"), args.samples)
         sizes = replace(sizes, **counts, hidden_tokens=args.samples * _LOOK_TOKENS)
+    if args.rows:
+        sizes = replace(sizes, rows=args.rows)
     if lengths := _lengths(args.lengths):
         sizes = replace(sizes, lengths=lengths, most_tokens=lengths[-1])
     model, tokenizer = load(
@@ -303,6 +311,8 @@ def _command(name: str, args: argparse.Namespace) -> str:
         words += ["--lengths", args.lengths]
     if args.samples is not None:
         words += ["--samples", str(args.samples)]
+    if args.rows is not None:
+        words += ["--rows", str(args.rows)]
     if args.data is not None:
         words += ["--data", "DATA"]  # where it lies says nothing
     if args.adapter is not None:

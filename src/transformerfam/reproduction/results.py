@@ -137,13 +137,16 @@ def gpt3(data: Path, tokenizer: Any, sizes: Sizes) -> list[Case]:
     return [case for name in here for case in TASKS[name].cases(wanted)]
 
 
-_DOCUMENTS_HEADING, _GPT3_HEADING = "Whole documents", "GPT-3's tasks"
+_HIDDEN_HEADING = "Keys and facts in long prose"
+_DOCUMENTS_HEADING = "Whole documents"
+_LONG_HEADING = "Questions about long documents, and summaries"
+_GPT3_HEADING = "GPT-3's tasks"
 Group = Callable[[Path, Any, Sizes], list[Case]]
 # heading -> what is asked
 GROUPS: dict[str, Group] = {
-    "Keys and facts in long prose": hidden,
+    _HIDDEN_HEADING: hidden,
     _DOCUMENTS_HEADING: documents,
-    "Questions about long documents, and summaries": long_questions,
+    _LONG_HEADING: long_questions,
     _GPT3_HEADING: gpt3,
 }
 # name of an item -> (title, its groups, tables of the paper beside it)
@@ -222,7 +225,9 @@ def results_page(
     present = {line["reader"] for line in lines}
     readers = [name for name in READERS_SHOWN if name in present]
     explained = "; ".join(f"`{name}`: {READERS_SHOWN[name]}" for name in readers)
-    page.lines += [f"Mean and standard error. {explained}.", ""]
+    if verdicts := held(groups, lines):
+        page.lines += ["## What held here", "", *(f"- {line}" for line in verdicts), ""]
+    page.lines += ["## Our numbers", "", f"Mean and standard error. {explained}.", ""]
     numbers = answers.summaries(lines, cases, readers)
     with whole_file(folder / f"{name}.json") as beside:
         beside.write_text(json.dumps(numbers, indent=1) + "\n", encoding="utf-8")
@@ -233,11 +238,59 @@ def results_page(
     return page
 
 
+def held(groups: dict[str, list[Case]], lines: Sequence[evaluate.Line]) -> list[str]:
+    """A sentence on each claim: whether the model does better than its windows without feedback."""
+    by_case = evaluate.grouped(lines)
+    said = []
+    for name, cases in _claims(groups).items():
+        both: list[evaluate.Line] = []
+        for case in cases:
+            found = by_case.get(evaluate.case_key(case), {})
+            model, windows = (found.get(reader, []) for reader in READERS[:2])
+            both += evaluate.paired(model, windows, case.metric)
+        if both:
+            said.append(_verdict(name, both))
+    return said
+
+
+def _claims(groups: dict[str, list[Case]]) -> dict[str, list[Case]]:
+    """What is judged -> its cases: something hidden at all lengths, a kind of text, a row of table 2."""
+    claims: dict[str, list[Case]] = {}
+    for heading, cases in groups.items():
+        for case in cases:
+            if heading == _HIDDEN_HEADING:
+                name = f"{case.task}, all lengths"
+            elif heading == _GPT3_HEADING:  # accuracy is by rank, all else is said
+                name = "GPT-3 Rank" if case.metric == "accuracy" else "GPT-3 Gen"
+            else:
+                name = answers.named(case)
+            claims.setdefault(name, []).append(case)
+    return claims
+
+
+def _verdict(name: str, both: Sequence[evaluate.Line]) -> str:
+    """Whether there is a difference, two standard errors being taken for one."""
+    first, second, difference = (
+        evaluate.summarise(both, metric) for metric in ("first", "second", "difference")
+    )
+    assert first and second and difference
+    error = difference.error
+    verdict = "is open"
+    if error is not None and abs(difference.mean) > 2 * error:
+        verdict = "held" if difference.mean > 0 else "did not hold: it does worse"
+    spread = "" if error is None else f" ± {error:.3f}"
+    return (
+        f"That the memory does better than its windows alone, {name}, **{verdict}**: {first.mean:.3f} "
+        f"against {second.mean:.3f}, a difference of {difference.mean:+.3f}{spread}, asked "
+        f"{difference.count:,} times."
+    )
+
+
 def _section(
     heading: str, cases: Sequence[Case], lines: Sequence[evaluate.Line], readers: Sequence[str]
 ) -> list[str]:
     """The tables of a group, in Markdown."""
-    said = [f"## {heading}", ""]
+    said = [f"### {heading}", ""]
     said += [report.markdown_table(*answers.table_of(lines, cases, readers)), ""]
     if heading == _DOCUMENTS_HEADING:
         for case in cases:
@@ -251,14 +304,19 @@ def _section(
 def _got_worse(lines: Sequence[evaluate.Line], cases: Sequence[Case]) -> str:
     """Where the model is worse than before it was trained, in a sentence."""
     by_case = evaluate.grouped(lines)
-    worse = []
+    worse, errors = [], 0
     for case in cases:
         found = by_case.get(evaluate.case_key(case), {})
         model, base = (
             evaluate.summarise(found.get(name, []), case.metric) for name in (READERS[0], BASE)
         )
-        if model and base and base.error is not None and base.mean - model.mean > base.error:
+        if model is None or base is None or base.error is None:
+            continue
+        errors += 1
+        if base.mean - model.mean > base.error:
             worse.append(f"{answers.named(case)} ({model.mean:.3f} after {base.mean:.3f})")
+    if not errors:
+        return "One question of each does not tell whether the model is worse than `base`."
     if not worse:
         return "In none of them is the model worse than `base` by more than a standard error."
     return f"Worse than `base` by more than a standard error: {', '.join(worse)}."
