@@ -20,6 +20,7 @@ FirstResidual = Literal["zero", "prompt"]
 MemorySource = Literal["input", "output"]
 CompressiveMemory = Literal["none", "linear", "delta"]
 Recurrence = Literal["layer", "rmt", "autocompressor"]
+Adapted = Literal["all", "fam"]
 Backend = Literal["sdpa", "eager", "flex"]
 
 # Modules that a decoder may get, as the geometry asks; see `FamConfig.added_modules`.
@@ -87,6 +88,9 @@ class FamConfig:
             paper). `rmt` (arXiv 2207.06881): the top layer writes fam_length memory tokens that the
             next block reads at the bottom layer. `autocompressor` (arXiv 2305.14788): the same, and
             every later block reads them: the memory grows. See `transformerfam.recurrent`.
+        adapted: whose way through the layers an adapter changes: `all` (the paper), or that of `fam`
+            alone, so that tokens, as long as they see no FAM, are read exactly by the model's own
+            weights. It matters only under an adapter of PEFT that is not merged.
         stop_gradient: no gradient through the keys and values of past blocks (`M1_SG`, figure 3a).
         backend: how attention is computed: `sdpa`, `eager` or `flex`. Changes no result.
 
@@ -115,6 +119,7 @@ class FamConfig:
     memory_source: MemorySource = "input"
     compressive_memory: CompressiveMemory = "none"
     recurrence: Recurrence = "layer"
+    adapted: Adapted = "all"
     stop_gradient: bool = False
     backend: Backend = "sdpa"
 

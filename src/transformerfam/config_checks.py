@@ -20,6 +20,7 @@ _CHOICES = (
     "memory_source",
     "compressive_memory",
     "recurrence",
+    "adapted",
     "backend",
 )
 
@@ -173,6 +174,10 @@ def _check_recurrence(config: FamConfig) -> None:
         )
     if config.fam_start != "prompt" or config.fam_query != "feedback":
         raise ValueError(f"fam_start and fam_query do nothing under {name}; leave them out.")
+    if config.adapted != "all":
+        raise ValueError(
+            f"Under {name} memory goes among the tokens through the layers; leave adapted out."
+        )
     if config.fam_position != "last" or config.fam_query_position != "same":
         raise ValueError(
             f"Memory tokens stand around their block under {name}; leave fam_position and "

@@ -5,9 +5,10 @@ Knows how transformers calls layers and attention; nothing of what a pass comput
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache
+from itertools import repeat
 from typing import Any
 
 import torch
@@ -106,12 +107,13 @@ class FamLayer(Picklable):
             raise RuntimeError("A layer of a TransformerFAM was called outside of its decoder.")
         plain = super().forward  # type: ignore[misc]  # of the family's layer
         kwargs.update(past_key_values=None, use_cache=False)
+        adapted = _adapted_modules(self, fam_call)
 
         def reenter(rows: Tensor, attention: AttentionPass) -> Tensor:
             # Past the checkpointing wrapper and past forward hooks: part of the same forward.
             own = {name: _for_rows(name, value, rows) for name, value in kwargs.items()}
             own["attention_mask"] = attention
-            with _nothing_recorded():
+            with _nothing_recorded(), _adapters_as(adapted, adapted.values()):
                 out = plain(rows, *args, **own)
             return out[0] if isinstance(out, tuple) else out
 
@@ -123,7 +125,29 @@ class FamLayer(Picklable):
             kind = _token_pass(fam_call.config)
             tokens = kind(fam_call, self.fam_index, hidden_states, reenter)
         own = {**kwargs, "attention_mask": tokens}
-        return plain(hidden_states, *args, **own)
+        with _adapters_as(adapted, repeat(True)):
+            return plain(hidden_states, *args, **own)
+
+
+def _adapted_modules(layer: Any, call: Call | SegmentCall | Probe) -> dict[Any, bool]:
+    """Modules of PEFT that are to change FAM alone, and whether each is switched off now."""
+    if not isinstance(call, Call) or call.config.adapted == "all":
+        return {}
+    # PEFT's public switch would also take the gradient from the adapter's parameters.
+    return {m: m._disable_adapters for m in layer.modules() if hasattr(m, "_disable_adapters")}
+
+
+@contextmanager
+def _adapters_as(modules: Iterable[Any], off: Iterable[bool]) -> Iterator[None]:
+    """The adapters of modules switched off, or as they were, meanwhile."""
+    before = {module: module._disable_adapters for module in modules}
+    for module, is_off in zip(modules, off, strict=False):
+        module._disable_adapters = is_off
+    try:
+        yield
+    finally:
+        for module, was_off in before.items():
+            module._disable_adapters = was_off
 
 
 def _token_pass(config: FamConfig) -> type[TokenPass]:

@@ -124,7 +124,7 @@ def load(
         model = _shaped(model, trained_with)
         came = (*_fitting(came, stored, trained_with), *_saved_modules(adapter))
         stored = trained_with
-        model = put_adapter(model, adapter).merge_and_unload()
+        model = _with_adapter(model, adapter)
     model = _shaped(model, config or (stored if is_transformerfam(model) else reading_config()))
     model.fam_trained = _all_came(model.fam_config, _fitting(came, stored, model.fam_config))
     return model.to(device).eval(), tokenizer
@@ -338,6 +338,12 @@ def adapter_folder(adapter: str, base: str) -> str:
     if base != EMBEDDED:
         raise ModelError(f"The adapter {SHIPPED} belongs to the default model; leave {base} out.")
     return shipped_adapter()
+
+
+def _with_adapter(model: Any, adapter: str) -> Any:
+    """`model` with an adapter in its weights, or, if it is FAM's alone, beside them."""
+    put = put_adapter(model, adapter)
+    return put.merge_and_unload() if model.fam_config.adapted == "all" else put.get_base_model()
 
 
 def put_adapter(model: Any, adapter: str, *, trainable: bool = False) -> Any:

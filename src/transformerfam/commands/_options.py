@@ -55,6 +55,11 @@ GEOMETRY: dict[str, tuple[str | None, str]] = {
         "which way memory runs: within each layer, or from the top layer to the bottom of the next "
         "block as in RMT and AutoCompressors",
     ),
+    "adapted": (
+        None,
+        "whose way through the layers an adapter changes: fam alone leaves the reading of tokens as it "
+        "was",
+    ),
     "stop_gradient": (None, "no gradient through past blocks; matters in training only"),
     "backend": (None, "how attention is computed; changes no result"),
 }
