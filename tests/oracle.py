@@ -88,6 +88,7 @@ def oracle(
     prompt: Tensor | None = None,
     start: int = 0,
     passed: list[Tensor] | None = None,
+    fam_model: Any = None,
 ) -> OracleResult:
     """Read one stream from its beginning.
 
@@ -100,6 +101,7 @@ def oracle(
             `fam_start="prefix"` (layers · N, d): F_{-1} of the bottom layer first.
         start: rotary position of the first token, a multiple of the block size.
         passed: (N, d) of each layer, F_{-1} that another stream left (random state passing).
+        fam_model: a model like `model` whose layers FAM goes through; None: `model` itself.
 
     Returns:
         The logits and every F, differentiable in the weights and the prompt.
@@ -110,6 +112,7 @@ def oracle(
     B, N = config.block_size, config.fam_length
     _check(model, config, input_ids, prompt, start)
     decoder = model.model
+    fam_layers = (fam_model or model).model.layers
     tokens: list[list[Key]] = [[] for _ in decoder.layers]  # tokens[layer][s], s in the stream
     fams: dict[int, list[Tensor]] = {}  # fams[τ][layer]
     if passed is not None:
@@ -136,7 +139,8 @@ def oracle(
                 seen = list(tokens_seen(config, tokens[depth], outputs[depth], t))
                 for past in range(block - config.previous_fams, block):
                     if past in fams:
-                        keys_of = fam_keys(model, config, layer, fams[past][depth], past, start)
+                        through = model, config, fam_layers[depth]
+                        keys_of = fam_keys(*through, fams[past][depth], past, start)
                         seen += [replace(key, bias=config.fam_bias) for key in keys_of]
                 attended = attend(model, layer, queries[i], start + t, seen)
                 if config.compressive_memory != "none" and block > 0:
@@ -171,9 +175,8 @@ def oracle(
                 copied: Tensor | None = before
                 if config.fam_query == "static" or (is_first and config.first_residual == "zero"):
                     copied = None
-                made.append(
-                    update_fam(model, config, layer, before, asks, copied, own_block, block, start)
-                )
+                through = model, config, fam_layers[depth]
+                made.append(update_fam(*through, before, asks, copied, own_block, block, start))
             hidden = output
 
         if N > 0 and block_is_finished:

@@ -80,6 +80,7 @@ def test_every_field_of_the_geometry_has_an_option() -> None:
         "memory_source": ("output", "output"),
         "compressive_memory": ("delta", "delta"),
         "recurrence": ("rmt", "rmt"),
+        "adapted": ("fam", "fam"),
         "stop_gradient": (None, True),
         "backend": ("eager", "eager"),
     }

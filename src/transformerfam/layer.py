@@ -24,6 +24,7 @@ from transformerfam.call import AttentionPass, Call
 from transformerfam.compressive import CompressivePass
 from transformerfam.config import FamConfig
 from transformerfam.feedback_segments import FeedbackSegmentsPass
+from transformerfam.modules import adapted_modules
 from transformerfam.probe import Probe
 from transformerfam.recurrent import SegmentCall
 
@@ -134,7 +135,7 @@ def _adapted_modules(layer: Any, call: Call | SegmentCall | Probe) -> dict[Any, 
     if not isinstance(call, Call) or call.config.adapted == "all":
         return {}
     # PEFT's public switch would also take the gradient from the adapter's parameters.
-    return {m: m._disable_adapters for m in layer.modules() if hasattr(m, "_disable_adapters")}
+    return {module: module._disable_adapters for module in adapted_modules(layer)}
 
 
 @contextmanager

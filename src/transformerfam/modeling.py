@@ -23,7 +23,13 @@ from transformerfam.call import Call, Observer
 from transformerfam.config import ADDED_MODULES, FamConfig
 from transformerfam.layer import ATTENTION_NAME, FamLayer, Picklable, mixed
 from transformerfam.memory import Memory
-from transformerfam.modules import add_gates, add_prompt, decoder_of, layers_of
+from transformerfam.modules import (
+    adapted_modules,
+    add_gates,
+    add_prompt,
+    decoder_of,
+    layers_of,
+)
 from transformerfam.plan import CallPlan
 from transformerfam.probe import find_rotaries
 from transformerfam.recurrent import SegmentCall, Segments
@@ -314,7 +320,15 @@ class FamForCausalLM:
 
         The layouts of older checkpoints are found by `model_type`, which on disk is ours: a plain
         class would not find them.
+
+        Raises:
+            ValueError: if an adapter of FAM alone is on it, which no weights can hold.
         """
+        if self.fam_config.adapted == "fam" and adapted_modules(decoder_of(self).layers):
+            raise ValueError(
+                "An adapter of FAM alone (adapted='fam') cannot be part of the model's weights, which "
+                "tokens are read by; keep the adapter's folder."
+            )
         kwargs.setdefault("save_original_format", False)
         super().save_pretrained(save_directory, **kwargs)  # type: ignore[misc]
 

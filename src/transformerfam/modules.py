@@ -28,6 +28,11 @@ def layers_of(decoder: Any) -> list[nn.Module]:
     return [] if layers is None else list(layers)
 
 
+def adapted_modules(module: nn.Module) -> list[Any]:
+    """The modules inside that PEFT has put in the place of others, to change what they compute."""
+    return [m for m in module.modules() if hasattr(m, "_disable_adapters")]
+
+
 def add_prompt(model: PreTrainedModel) -> None:
     """Add a FAM prompt (or prefix) of the configured length to the decoder, with random values."""
     decoder = decoder_of(model)

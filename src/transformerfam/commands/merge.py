@@ -57,6 +57,11 @@ def run(args: argparse.Namespace) -> int:
     logging.disable_progress_bar()
     adapter = args.adapter if args.model else None
     model, tokenizer = models.load(args.model or args.adapter, dtype=args.dtype, adapter=adapter)
+    if model.fam_config.adapted == "fam":
+        raise UserError(
+            f"{args.adapter} changes the way of FAM alone, and tokens are read by the model's own "
+            "weights: both cannot be one; keep the adapter."
+        )
     progress.passing(f"saving {args.output} ...")
     with _whole_folder(target) as beside:
         model.save_pretrained(beside)
