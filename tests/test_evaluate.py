@@ -137,6 +137,19 @@ def test_processes_share_a_folder(model: Any, tmp_path: Path) -> None:
     ]
 
 
+def test_results_of_an_older_version_are_gone_on_with(model: Any, tmp_path: Path) -> None:
+    readers = evaluate.readers(model, ["model"], full_limit=None)
+    evaluate.Results(tmp_path, readers, seed=0)
+    about = json.loads((tmp_path / "about.json").read_text())
+    del about["readers"]["model"]["adapted"]  # a field that came later
+    (tmp_path / "about.json").write_text(json.dumps(about))
+    evaluate.Results(tmp_path, readers, seed=0)
+    about["readers"]["model"]["what"] = "of a newer version"
+    (tmp_path / "about.json").write_text(json.dumps(about))
+    with pytest.raises(UserError, match="another geometry of the reader model"):
+        evaluate.Results(tmp_path, readers, seed=0)
+
+
 def test_results_of_something_else_are_not_mixed(model: Any, tmp_path: Path) -> None:
     evaluate.Results(tmp_path, evaluate.readers(model, ["model"], full_limit=None), seed=0)
     other = evaluate.readers(converted(CONFIG, seed=1), ["model"], full_limit=None)

@@ -276,13 +276,20 @@ def _check_same(folder: Path, ours: Mapping[str, Any], theirs: Mapping[str, Any]
     names = {"format": "format", "weights": "model", "seed": "seed"}
     differing = [shown for key, shown in names.items() if ours[key] != theirs.get(key)]
     for name, config in ours["readers"].items():
-        if theirs.get("readers", {}).get(name, config) != config:
+        if not _same_geometry(config, theirs.get("readers", {}).get(name, config)):
             differing.append(f"geometry of the reader {name}")
     if differing:
         raise UserError(
             f"The folder {folder} holds results of another {' and '.join(differing)}; choose another "
-            "with --output."
+            "folder."
         )
+
+
+def _same_geometry(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> bool:
+    try:  # fields that came later are what they were before they were there: their defaults
+        return FamConfig.from_dict(ours) == FamConfig.from_dict(theirs)
+    except (TypeError, ValueError):
+        return False
 
 
 # ---- sums
