@@ -302,7 +302,8 @@ def test_a_merge_that_fails_leaves_nothing(
     def full(folder: Path) -> None:
         raise OSError(28, "No space left on device")
 
-    parts = SimpleNamespace(save_pretrained=part), SimpleNamespace(save_pretrained=full)
+    model = SimpleNamespace(save_pretrained=part, fam_config=FAM)
+    parts = model, SimpleNamespace(save_pretrained=full)
     monkeypatch.setattr("transformerfam.models.load", lambda *args, **options: parts)
     code, out, err = fam("merge", adapter, str(tmp_path / "merged"))
     assert (code, out) == (1, "")
