@@ -18,6 +18,9 @@ from torch import Tensor
 import transformerfam
 from transformerfam import FamConfig, Memory, convert
 from transformerfam.conversion import twin
+from transformerfam.errors import UserError
+from transformerfam.training.adaptation import adapt
+from transformerfam.training.settings import TrainSettings
 
 B = 6
 CONFIG = FamConfig(block_size=B, memory_segments=1, fam_length=3, sink_tokens=2, adapted="fam")
@@ -72,6 +75,14 @@ def test_the_adapter_gets_its_gradient_from_fam_also_where_layers_are_computed_a
         torch.testing.assert_close(gradient, found[name], rtol=0, atol=1e-9)
 
 
+def test_in_training_all_of_the_adapter_takes_part_also_before_there_is_a_fam() -> None:
+    model = with_adapter().train()
+    model(input_ids=IDS[:, :B]).logits.logsumexp(-1).sum().backward()
+    of_adapter = [p for n, p in model.named_parameters() if "lora_" in n]
+    # What trains in parallel waits for every gradient.
+    assert of_adapter and all(p.grad is not None and not p.grad.any() for p in of_adapter)
+
+
 def test_without_fam_the_model_is_the_original_one() -> None:
     model = with_adapter()
     with torch.no_grad():
@@ -95,7 +106,27 @@ def test_it_is_loaded_beside_the_weights_and_cannot_be_put_into_them(
     trained = trained_on(made).model
     again, _ = transformerfam.load(made.run.output)
     torch.testing.assert_close(logits(again), logits(trained), rtol=1e-4, atol=1e-4)
-    with pytest.raises(ValueError, match="adapter of FAM alone"):
+    # Whose way it changes is the adapter's to say.
+    other, _ = transformerfam.load(made.run.output, again.fam_config.replace(adapted="all"))
+    assert other.fam_config.adapted == "fam"
+    with pytest.raises(ValueError, match="keep the adapter's folder"):
         again.save_pretrained(tmp_path / "whole")
     refused(fam("merge", made.run.output, str(tmp_path / "whole")), "keep the adapter")
     assert not (tmp_path / "whole").exists()
+
+
+def test_there_must_be_a_way_of_fam_to_adapt(tmp_path: Path) -> None:
+    for sections in (
+        {"fam": {"adapted": "fam", "fam_length": 0}},
+        {"fam": {"adapted": "fam"}, "train": {"what": "full"}},
+    ):
+        with pytest.raises(UserError, match=r"fam\.adapted=all"):
+            short(tmp_path, "smollm2", **sections)
+    with pytest.raises(ValueError, match="leave adapted out"):
+        CONFIG.replace(fam_length=0, memory_source="output")
+
+
+def test_matrices_outside_of_the_layers_are_refused() -> None:
+    model = convert(tiny(tie_word_embeddings=False), CONFIG)
+    with pytest.raises(UserError, match="lm_head"):
+        adapt(model, TrainSettings(targets=("q_proj", "lm_head")), seed=0)

@@ -552,6 +552,8 @@ def test_what_held_on_real_data_is_judged_question_by_question(data: Path) -> No
         assert verdict in said
         assert said.endswith("asked 100 times.")
     assert results.held(groups, windows) == []
+    few = answered("model", case, [1.0] * 5) + answered("bswa", case, [0.0] * 5)
+    assert "is open**: 1.000 against 0.000" in results.held(groups, few)[0]
 
 
 def test_what_got_worse_by_training_is_named(data: Path) -> None:

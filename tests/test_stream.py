@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -230,6 +230,27 @@ def test_windows_pass_over_what_they_cannot_reach(name: str, before: int) -> Non
         assert whole.next_logits is not None
         same(memory.next_logits, whole.next_logits)
         same(losses_of(read(model, after, memory)), losses_of(read(model, after, whole)))
+
+
+def test_a_failure_behind_what_was_passed_over_leaves_a_memory_to_go_on_with(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = converted(VARIANTS["bswa"])
+    text = some_tokens(1, 100)[0].tolist()
+    advance = stream._advance
+
+    def failing(model: Any, ids: list[int], memory: Memory, **options: Any) -> Any:
+        if memory.position[0] > 6:
+            raise RuntimeError("out of memory")
+        return advance(model, ids, memory, **options)
+
+    memory = Memory.for_model(model)
+    monkeypatch.setattr(stream, "_advance", failing)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        absorb(model, deque(text), memory)
+    monkeypatch.undo()
+    assert memory.position == (6,)
+    same(losses_of(read(model, text[6:], memory)), losses_in_one_call(model, text)[5:])
 
 
 def test_only_windows_without_a_memory_pass_anything_over(monkeypatch: pytest.MonkeyPatch) -> None:

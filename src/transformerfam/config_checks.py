@@ -153,6 +153,8 @@ def _check_variants(config: FamConfig) -> None:
         raise ValueError(f"{name} stands in the place of FAM; set fam_length to 0.")
     if (outputs or compressive) and config.attention != "bswa":
         raise ValueError(f"{name} works on whole blocks: it needs attention='bswa'.")
+    if outputs and config.adapted != "all":
+        raise ValueError(f"{name} has no FAM that adapted='fam' could be of; leave adapted out.")
     if outputs and not config.memory_segments:
         raise ValueError(f"{name} needs past blocks to see; set memory_segments to 1 or more.")
 

@@ -29,6 +29,7 @@ from transformerfam.modules import (
     add_prompt,
     decoder_of,
     layers_of,
+    trained_beside,
 )
 from transformerfam.plan import CallPlan
 from transformerfam.probe import find_rotaries
@@ -113,9 +114,10 @@ class FamDecoder(Picklable):
         )
         if memory is not None:
             call.commit(memory)
-        for added in (call.start, call.gates) if self.training else ():
-            # No block 0 in this call, no use of the prompt: but wrappers that train in parallel wait
-            # for a gradient of every parameter from every process.
+        of_fam = trained_beside(self) if config.adapted == "fam" and self.training else []
+        for added in (call.start, call.gates, *of_fam) if self.training else ():
+            # No block 0 in this call, no use of the prompt, and none of FAM before there is one: but
+            # wrappers that train in parallel wait for a gradient of every parameter of every process.
             if added is not None:
                 output["last_hidden_state"] = output["last_hidden_state"] + 0 * added.sum()
         output["past_key_values"] = memory
@@ -322,12 +324,12 @@ class FamForCausalLM:
         class would not find them.
 
         Raises:
-            ValueError: if an adapter of FAM alone is on it, which no weights can hold.
+            ValueError: if an adapter is on it that was not merged.
         """
-        if self.fam_config.adapted == "fam" and adapted_modules(decoder_of(self).layers):
+        if adapted_modules(decoder_of(self).layers):
             raise ValueError(
-                "An adapter of FAM alone (adapted='fam') cannot be part of the model's weights, which "
-                "tokens are read by; keep the adapter's folder."
+                "An adapter is on this model beside its weights: merge it first, or, if it is FAM's "
+                "alone (adapted='fam') and cannot be merged, keep the adapter's folder."
             )
         kwargs.setdefault("save_original_format", False)
         super().save_pretrained(save_directory, **kwargs)  # type: ignore[misc]

@@ -98,8 +98,9 @@ def load(
             used: the model gets a fresh one.
         dtype: of the weights, such as "bfloat16"; by default as they are stored.
         device: where the weights go; by default the CPU.
-        adapter: folder or hub name of a PEFT adapter, which is merged into the weights, or
-            `SHIPPED`: the one that comes with this package for the default model.
+        adapter: folder or hub name of a PEFT adapter, which is merged into the weights unless it
+            is FAM's alone, or `SHIPPED`: the one that comes with this package for the default model.
+            Whose way it changes (`FamConfig.adapted`) is taken from it, whatever `config` says.
 
     Raises:
         ModelError: a ValueError of one sentence, if there is no such model or it cannot be read.
@@ -125,6 +126,8 @@ def load(
         came = (*_fitting(came, stored, trained_with), *_saved_modules(adapter))
         stored = trained_with
         model = _with_adapter(model, adapter)
+        # Whose way it changes belongs to an adapter, not to how a model is read with it.
+        config = config and config.replace(adapted=trained_with.adapted)
     model = _shaped(model, config or (stored if is_transformerfam(model) else reading_config()))
     model.fam_trained = _all_came(model.fam_config, _fitting(came, stored, model.fam_config))
     return model.to(device).eval(), tokenizer

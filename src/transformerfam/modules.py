@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 # β of the compressive memory at the start: sigmoid(-6) = 0.0025 of what a head reads is from it. What
@@ -31,6 +31,12 @@ def layers_of(decoder: Any) -> list[nn.Module]:
 def adapted_modules(module: nn.Module) -> list[Any]:
     """The modules inside that PEFT has put in the place of others, to change what they compute."""
     return [m for m in module.modules() if hasattr(m, "_disable_adapters")]
+
+
+def trained_beside(decoder: Any) -> list[Tensor]:
+    """Trained parameters of adapters on the layers."""
+    found = (p for m in adapted_modules(decoder.layers) for p in m.parameters())
+    return [parameter for parameter in found if parameter.requires_grad]
 
 
 def add_prompt(model: PreTrainedModel) -> None:

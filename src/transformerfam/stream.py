@@ -116,12 +116,13 @@ def absorb(model: Any, tokens: Iterable[int], memory: Memory | None = None) -> M
         `memory`, whose `next_logits` predict what comes next.
 
     Raises:
-        ValueError: as `read`.
+        ValueError: as `read`; where tokens are passed over, before anything is read.
     """
     memory = _single_row(model, memory)
     if isinstance(tokens, Sequence):
-        tokens = _pass_over_unreachable(model, tokens, memory)
-    _absorb_all(model, tokens, memory)
+        _absorb_within_reach(model, list(tokens), memory)
+    else:
+        _absorb_all(model, tokens, memory)
     return memory
 
 
@@ -132,21 +133,24 @@ def _absorb_all(model: Any, tokens: Iterable[int], memory: Memory) -> None:
         _advance(model, ids, memory, keep=1)
 
 
-def _pass_over_unreachable(model: Any, tokens: Sequence[int], memory: Memory) -> Sequence[int]:
-    """What is still to read, after `memory` was taken past what nothing after it can reach."""
+def _absorb_within_reach(model: Any, ids: list[int], memory: Memory) -> None:
     B, position = memory.config.block_size, memory.position[0]
     reach = memory.config.blocks_within_reach(len(memory))
-    if reach is None:
-        return tokens
-    _check_vocabulary(model, tokens)
     # The block being read is read to its end: the first one has the anchors, and blocks begin whole.
     end = -(-max(position, 1) // B) * B
-    start = (position + len(tokens) - 1) // B * B - reach * B
-    if start <= end:
-        return tokens
-    _absorb_all(model, tokens[: end - position], memory)
-    memory.position = (start,)
-    return tokens[start - position :]
+    start = (position + len(ids) - 1) // B * B - (reach or 0) * B
+    if reach is None or start <= end:
+        _absorb_all(model, ids, memory)
+        return
+    _check_vocabulary(model, ids)
+    _absorb_all(model, ids[: end - position], memory)
+    undo = memory.undo()
+    try:
+        memory.position = (start,)
+        _absorb_all(model, ids[start - position :], memory)
+    except BaseException:
+        undo()  # between the two places the memory is that of neither
+        raise
 
 
 @dataclass(frozen=True)

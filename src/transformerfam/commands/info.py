@@ -109,6 +109,8 @@ def model_shape(model: Any) -> ModelShape:
     active = getattr(config, "num_experts_per_tok", None) or 1
     weights = 0
     for name, parameter in layers.named_parameters():
+        if "lora_" in name:  # of FAM alone, beside the weights
+            continue
         if parameter.dim() == 3 and "expert" in name:
             weights += parameter.numel() * active // parameter.shape[0]
         elif parameter.dim() > 1:

@@ -107,14 +107,15 @@ def _add_real_data(parser: argparse.ArgumentParser) -> None:
         "--samples",
         metavar="COUNT",
         type=options.whole(1),
-        help="for results: questions of each kind, for a quick look; of keys and facts in more than "
-        f"{_LOOK_TOKENS:,} tokens fewer, down to one",
+        help="for results, table2 and table12: questions of each kind, for a quick look; of keys and "
+        f"facts in more than {_LOOK_TOKENS:,} tokens fewer, down to one",
     )
     parser.add_argument(
         "--rows",
         metavar="COUNT",
         type=options.whole(1),
-        help="for results, table2 and table12: questions of each of GPT-3's tasks (default: 300)",
+        help="for results, table2 and table12: questions of each of GPT-3's tasks (default: as "
+        "--samples, or 300)",
     )
 
 
@@ -243,7 +244,7 @@ def _results(name: str, args: argparse.Namespace, folder: Path, command: str) ->
         raise UserError(f"{name} asks about real data; give it with --data FOLDER.")
     sizes = results.Sizes()
     if args.samples:
-        counts = dict.fromkeys(("hidden", "documents", "long"), args.samples)
+        counts = dict.fromkeys(("hidden", "documents", "long", "rows"), args.samples)
         sizes = replace(sizes, **counts, hidden_tokens=args.samples * _LOOK_TOKENS)
     if args.rows:
         sizes = replace(sizes, rows=args.rows)

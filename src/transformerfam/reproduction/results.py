@@ -29,6 +29,7 @@ from transformerfam.tasks import TASKS, Case, Wanted
 UNTRAINED = FamConfig(block_size=256, memory_segments=1, fam_length=8)
 READERS = evaluate.READERS
 BASE = "base"
+_FEWEST = 6  # questions that a verdict is given on
 READERS_SHOWN = {
     "model": "the model as it is",
     "bswa": "its windows without feedback",
@@ -269,14 +270,14 @@ def _claims(groups: dict[str, list[Case]]) -> dict[str, list[Case]]:
 
 
 def _verdict(name: str, both: Sequence[evaluate.Line]) -> str:
-    """Whether there is a difference, two standard errors being taken for one."""
+    """Whether there is a difference: two standard errors are taken for one, from 6 questions on."""
     first, second, difference = (
         evaluate.summarise(both, metric) for metric in ("first", "second", "difference")
     )
     assert first and second and difference
     error = difference.error
     verdict = "is open"
-    if error is not None and abs(difference.mean) > 2 * error:
+    if error is not None and difference.count >= _FEWEST and abs(difference.mean) > 2 * error:
         verdict = "held" if difference.mean > 0 else "did not hold: it does worse"
     spread = "" if error is None else f" ± {error:.3f}"
     return (

@@ -96,12 +96,26 @@ def _with_adapter(model: Any, settings: TrainSettings, adapter: str) -> Any:
         task_type="CAUSAL_LM",
     )
     try:
-        return peft.get_peft_model(model, config)
+        adapted = peft.get_peft_model(model, config)
     except ValueError as error:
         raise UserError(
             f"LoRA finds no matrices called {', '.join(settings.targets)} in this model; see "
             "train.targets."
         ) from error
+    if model.fam_config.adapted == "fam":
+        _check_way_of_fam(adapted)
+    return adapted
+
+
+def _check_way_of_fam(adapted: Any) -> None:
+    """Refuse an adapter of FAM alone that would change what only tokens go through."""
+    names = [name for name, _ in adapted.named_parameters() if "lora_" in name]
+    if outside := [name for name in names if ".layers." not in name]:
+        matrix = outside[0].partition(".lora_")[0].rpartition(".")[2]
+        raise UserError(
+            f'FAM does not go through {matrix}, which fam.adapted="fam" would change for tokens; leave '
+            "it out of train.targets."
+        )
 
 
 def _go_on_from(adapter: str, model: Any, settings: TrainSettings) -> Any:

@@ -134,7 +134,8 @@ def _trained(recipe: Recipe) -> str:
     added = " and the ".join(_ADDED[name] for name in recipe.fam.added_modules)
     if recipe.train.what == "prompt":
         return f"the {added} alone"
-    return "LoRA on its matrices" + (f" and the {added}" if added else "")
+    where = "" if recipe.fam.adapted == "all" else " where FAM goes through them"
+    return f"LoRA on its matrices{where}" + (f" and the {added}" if added else "")
 
 
 def _loading(recipe: Recipe) -> str:
@@ -146,7 +147,7 @@ def _loading(recipe: Recipe) -> str:
         "```bash\nfam read book.txt --model folder\n```\n"
         + (
             ""
-            if recipe.train.what == "full"
+            if recipe.train.what == "full" or recipe.fam.adapted == "fam"
             else "\n`fam merge folder merged` makes a model of its own of it.\n"
         )
     )

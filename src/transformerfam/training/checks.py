@@ -149,6 +149,11 @@ def _check_train(recipe: Recipe) -> None:
         "this geometry has neither; set fam.fam_length or fam.compressive_memory.",
     )
     _refuse_unless(
+        recipe.fam.adapted == "all" or (train.what == "lora" and recipe.fam.has_feedback),
+        'fam.adapted="fam" is for LoRA on the way of FAM, and here is none of both; set '
+        "fam.adapted=all.",
+    )
+    _refuse_unless(
         train.what != "full" or not recipe.model.adapter,
         'train.what="full" cannot go on from model.adapter; merge it first with fam merge.',
     )
