@@ -345,8 +345,15 @@ def adapter_folder(adapter: str, base: str) -> str:
 
 def _with_adapter(model: Any, adapter: str) -> Any:
     """`model` with an adapter in its weights, or, if it is FAM's alone, beside them."""
+    from transformerfam.modules import decoder_of
+
     put = put_adapter(model, adapter)
-    return put.merge_and_unload() if model.fam_config.adapted == "all" else put.get_base_model()
+    if model.fam_config.adapted == "all":
+        return put.merge_and_unload()
+    decoder = decoder_of(model)
+    for name in model.fam_config.added_modules:  # no need of the untrained one beside it any more
+        setattr(decoder, name, getattr(decoder, name).modules_to_save[put.active_adapter])
+    return put.get_base_model()
 
 
 def put_adapter(model: Any, adapter: str, *, trainable: bool = False) -> Any:
