@@ -548,7 +548,9 @@ def test_what_held_on_real_data_is_judged_question_by_question(data: Path) -> No
     ):
         lines = answered("model", case, model) + windows
         (said,) = results.held(groups, lines)
-        assert said.startswith("That the memory does better than its windows alone, GPT-3 Rank, **")
+        assert said.startswith(
+            "That the memory does better than its windows alone, all questions of GPT-3 Rank, **"
+        )
         assert verdict in said
         assert said.endswith("asked 100 times.")
     assert results.held(groups, windows) == []

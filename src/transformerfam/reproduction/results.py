@@ -262,7 +262,7 @@ def _claims(groups: dict[str, list[Case]]) -> dict[str, list[Case]]:
             if heading == _HIDDEN_HEADING:
                 name = f"{case.task}, all lengths"
             elif heading == _GPT3_HEADING:  # accuracy is by rank, all else is said
-                name = "GPT-3 Rank" if case.metric == "accuracy" else "GPT-3 Gen"
+                name = f"all questions of GPT-3 {'Rank' if case.metric == 'accuracy' else 'Gen'}"
             else:
                 name = answers.named(case)
             claims.setdefault(name, []).append(case)
