@@ -5,10 +5,9 @@ Knows how transformers calls layers and attention; nothing of what a pass comput
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
-from itertools import repeat
 from typing import Any
 
 import torch
@@ -108,13 +107,13 @@ class FamLayer(Picklable):
             raise RuntimeError("A layer of a TransformerFAM was called outside of its decoder.")
         plain = super().forward  # type: ignore[misc]  # of the family's layer
         kwargs.update(past_key_values=None, use_cache=False)
-        adapted = _adapted_modules(self, fam_call)
+        fams_own = _adapters_of_fam(self, fam_call)
 
         def reenter(rows: Tensor, attention: AttentionPass) -> Tensor:
             # Past the checkpointing wrapper and past forward hooks: part of the same forward.
             own = {name: _for_rows(name, value, rows) for name, value in kwargs.items()}
             own["attention_mask"] = attention
-            with _nothing_recorded(), _adapters_as(adapted, adapted.values()):
+            with _nothing_recorded(), _switched_off(fams_own):
                 out = plain(rows, *args, **own)
             return out[0] if isinstance(out, tuple) else out
 
@@ -126,11 +125,11 @@ class FamLayer(Picklable):
             kind = _token_pass(fam_call.config)
             tokens = kind(fam_call, self.fam_index, hidden_states, reenter)
         own = {**kwargs, "attention_mask": tokens}
-        with _adapters_as(adapted, repeat(True)):
+        with _switched_off(dict.fromkeys(fams_own, True)):
             return plain(hidden_states, *args, **own)
 
 
-def _adapted_modules(layer: Any, call: Call | SegmentCall | Probe) -> dict[Any, bool]:
+def _adapters_of_fam(layer: Any, call: Call | SegmentCall | Probe) -> dict[Any, bool]:
     """Modules of PEFT that are to change FAM alone, and whether each is switched off now."""
     if not isinstance(call, Call) or call.config.adapted == "all":
         return {}
@@ -139,10 +138,10 @@ def _adapted_modules(layer: Any, call: Call | SegmentCall | Probe) -> dict[Any, 
 
 
 @contextmanager
-def _adapters_as(modules: Iterable[Any], off: Iterable[bool]) -> Iterator[None]:
-    """The adapters of modules switched off, or as they were, meanwhile."""
-    before = {module: module._disable_adapters for module in modules}
-    for module, is_off in zip(modules, off, strict=False):
+def _switched_off(adapters: Mapping[Any, bool]) -> Iterator[None]:
+    """Modules of PEFT switched off, where True, and on, where False, meanwhile."""
+    before = {module: module._disable_adapters for module in adapters}
+    for module, is_off in adapters.items():
         module._disable_adapters = is_off
     try:
         yield

@@ -29,7 +29,7 @@ from transformerfam.modules import (
     add_prompt,
     decoder_of,
     layers_of,
-    trained_beside,
+    trained_for_fam,
 )
 from transformerfam.plan import CallPlan
 from transformerfam.probe import find_rotaries
@@ -114,12 +114,12 @@ class FamDecoder(Picklable):
         )
         if memory is not None:
             call.commit(memory)
-        of_fam = trained_beside(self) if config.adapted == "fam" and self.training else []
-        for added in (call.start, call.gates, *of_fam) if self.training else ():
-            # No block 0 in this call, no use of the prompt, and none of FAM before there is one: but
+        if self.training:
+            # No block 0 in this call, no use of the prompt, and no FAM, none of its adapter: but
             # wrappers that train in parallel wait for a gradient of every parameter of every process.
-            if added is not None:
-                output["last_hidden_state"] = output["last_hidden_state"] + 0 * added.sum()
+            waited_for = (call.start, call.gates, *trained_for_fam(self))
+            nothing = 0 * sum(t.sum() for t in waited_for if t is not None)
+            output["last_hidden_state"] = output["last_hidden_state"] + nothing
         output["past_key_values"] = memory
         return output if return_dict is not False else output.to_tuple()
 

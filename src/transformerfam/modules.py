@@ -33,8 +33,10 @@ def adapted_modules(module: nn.Module) -> list[Any]:
     return [m for m in module.modules() if hasattr(m, "_disable_adapters")]
 
 
-def trained_beside(decoder: Any) -> list[Tensor]:
-    """Trained parameters of adapters on the layers."""
+def trained_for_fam(decoder: Any) -> list[Tensor]:
+    """Trained parameters in the layers that FAM alone goes through."""
+    if decoder.fam_config.adapted == "all":
+        return []
     found = (p for m in adapted_modules(decoder.layers) for p in m.parameters())
     return [parameter for parameter in found if parameter.requires_grad]
 

@@ -140,14 +140,13 @@ def gpt3(data: Path, tokenizer: Any, sizes: Sizes) -> list[Case]:
 
 _HIDDEN_HEADING = "Keys and facts in long prose"
 _DOCUMENTS_HEADING = "Whole documents"
-_LONG_HEADING = "Questions about long documents, and summaries"
 _GPT3_HEADING = "GPT-3's tasks"
 Group = Callable[[Path, Any, Sizes], list[Case]]
 # heading -> what is asked
 GROUPS: dict[str, Group] = {
     _HIDDEN_HEADING: hidden,
     _DOCUMENTS_HEADING: documents,
-    _LONG_HEADING: long_questions,
+    "Questions about long documents, and summaries": long_questions,
     _GPT3_HEADING: gpt3,
 }
 # name of an item -> (title, its groups, tables of the paper beside it)

@@ -71,6 +71,7 @@ def adapt(model: Any, settings: TrainSettings, seed: int, *, adapter: str = "") 
         model.requires_grad_(True)
     else:
         model = _with_adapter(model, settings, adapter)
+        _check_way_of_fam(model)
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
@@ -96,19 +97,18 @@ def _with_adapter(model: Any, settings: TrainSettings, adapter: str) -> Any:
         task_type="CAUSAL_LM",
     )
     try:
-        adapted = peft.get_peft_model(model, config)
+        return peft.get_peft_model(model, config)
     except ValueError as error:
         raise UserError(
             f"LoRA finds no matrices called {', '.join(settings.targets)} in this model; see "
             "train.targets."
         ) from error
-    if model.fam_config.adapted == "fam":
-        _check_way_of_fam(adapted)
-    return adapted
 
 
 def _check_way_of_fam(adapted: Any) -> None:
     """Refuse an adapter of FAM alone that would change what only tokens go through."""
+    if base_of(adapted).fam_config.adapted == "all":
+        return
     names = [name for name, _ in adapted.named_parameters() if "lora_" in name]
     if outside := [name for name in names if ".layers." not in name]:
         matrix = outside[0].partition(".lora_")[0].rpartition(".")[2]
