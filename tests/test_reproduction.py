@@ -549,13 +549,28 @@ def test_what_held_on_real_data_is_judged_question_by_question(data: Path) -> No
         lines = answered("model", case, model) + windows
         (said,) = results.held(groups, lines)
         assert said.startswith(
-            "That the memory does better than its windows alone, all questions of GPT-3 Rank, **"
+            "That the memory does better than its windows alone, GPT-3 Rank, mean over its tasks, **"
         )
         assert verdict in said
         assert said.endswith("asked 100 times.")
     assert results.held(groups, windows) == []
     few = answered("model", case, [1.0] * 5) + answered("bswa", case, [0.0] * 5)
     assert "is open**: 1.000 against 0.000" in results.held(groups, few)[0]
+
+
+def test_tables_of_gpt3_have_means_over_tasks_whatever_their_questions(data: Path) -> None:
+    (case,) = results.gpt3(data, TOKENIZER, results.Sizes())
+    other = replace(case, task="gpt3-arc-easy")
+    lines = [
+        *answered("model", case, [1.0] * 8 + [0.0] * 8),
+        *answered("model", other, [1.0] * 100),
+        *answered("bswa", case, [0.0] * 16),
+    ]
+    (row,) = results._means(lines, [case, other], ["model", "bswa"])
+    assert row == ["GPT-3 Rank mean", "accuracy", "0.750 ± 0.065", "–"]
+    lines += answered("bswa", other, [1.0] * 100)
+    (said,) = results.held({"GPT-3's tasks": [case, other]}, lines)
+    assert "**held**: 0.750 against 0.500, a difference of +0.250 ± 0.065" in said
 
 
 def test_what_got_worse_by_training_is_named(data: Path) -> None:

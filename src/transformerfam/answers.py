@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from transformerfam import report
-from transformerfam.evaluate import Line, case_key, grouped, summarise
+from transformerfam.evaluate import Line, Summary, case_key, grouped, summarise
 from transformerfam.plots import Curve
 from transformerfam.tasks.cases import Case, data_name
 
@@ -21,7 +21,7 @@ def table_of(
     rows = []
     for case in cases:
         found = by_case.get(case_key(case), {})
-        cells = [_cell(found.get(reader, []), case.metric) for reader in readers]
+        cells = [cell(summarise(found.get(reader, []), case.metric)) for reader in readers]
         rows.append([named(case), case.metric, *cells])
     return ["task", "metric", *readers], rows
 
@@ -32,8 +32,8 @@ def named(case: Case) -> str:
     return case.label if length is None else f"{case.label} {report.tokens_short(length)}"
 
 
-def _cell(lines: Sequence[Line], metric: str) -> str:
-    summary = summarise(lines, metric)
+def cell(summary: Summary | None) -> str:
+    """A mean and its standard error, as a table shows them."""
     if summary is None:
         return "–"
     error = "" if summary.error is None else f" ± {summary.error:.3f}"

@@ -329,6 +329,14 @@ def summarise(lines: Sequence[Line], metric: str) -> Summary | None:
     return Summary(mean, math.sqrt(spread * n / (n - 1)) / total, n)
 
 
+def mean_of_tasks(summaries: Sequence[Summary]) -> Summary:
+    """The mean over tasks, each weighing the same however many questions it has (table 2)."""
+    errors = [s.error for s in summaries if s.error is not None]
+    n = len(summaries)
+    error = math.hypot(*errors) / n if len(errors) == n else None
+    return Summary(sum(s.mean for s in summaries) / n, error, sum(s.count for s in summaries))
+
+
 def paired(lines: Sequence[Line], others: Sequence[Line], metric: str) -> list[Line]:
     """Lines of the questions of a case that two readers answered, side by side.
 

@@ -117,6 +117,13 @@ def _add_real_data(parser: argparse.ArgumentParser) -> None:
         help="for results, table2 and table12: questions of each of GPT-3's tasks (default: as "
         "--samples, or 300)",
     )
+    parser.add_argument(
+        "--cut",
+        metavar="TOKENS",
+        type=options.whole(2),
+        help="for results: whole documents are cut here (default: the longest of --lengths, or "
+        "262,144)",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -250,6 +257,8 @@ def _results(name: str, args: argparse.Namespace, folder: Path, command: str) ->
         sizes = replace(sizes, rows=args.rows)
     if lengths := _lengths(args.lengths):
         sizes = replace(sizes, lengths=lengths, most_tokens=lengths[-1])
+    if args.cut:
+        sizes = replace(sizes, most_tokens=args.cut)
     model, tokenizer = load(
         adapter=args.adapter, config=None if args.adapter else results.UNTRAINED
     )
@@ -314,6 +323,8 @@ def _command(name: str, args: argparse.Namespace) -> str:
         words += ["--samples", str(args.samples)]
     if args.rows is not None:
         words += ["--rows", str(args.rows)]
+    if args.cut is not None:
+        words += ["--cut", str(args.cut)]
     if args.data is not None:
         words += ["--data", "DATA"]  # where it lies says nothing
     if args.adapter is not None:

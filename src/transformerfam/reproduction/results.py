@@ -13,6 +13,7 @@ import glob
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -242,38 +243,53 @@ def held(groups: dict[str, list[Case]], lines: Sequence[evaluate.Line]) -> list[
     """A sentence on each claim: whether the model does better than its windows without feedback."""
     by_case = evaluate.grouped(lines)
     said = []
-    for name, cases in _claims(groups).items():
-        both: list[evaluate.Line] = []
-        for case in cases:
-            found = by_case.get(evaluate.case_key(case), {})
-            model, windows = (found.get(reader, []) for reader in READERS[:2])
-            both += evaluate.paired(model, windows, case.metric)
-        if both:
-            said.append(_verdict(name, both))
+    for heading, cases in groups.items():
+        for name, claimed in _claims(heading, cases).items():
+            both = [_both(by_case.get(evaluate.case_key(case), {}), case) for case in claimed]
+            both = [each for each in both if each]
+            if heading != _GPT3_HEADING:
+                both = [list(chain.from_iterable(both))]
+            if any(both):
+                said.append(_verdict(name, both))
     return said
 
 
-def _claims(groups: dict[str, list[Case]]) -> dict[str, list[Case]]:
+def _claims(heading: str, cases: Sequence[Case]) -> dict[str, list[Case]]:
     """What is judged -> its cases: something hidden at all lengths, a kind of text, a row of table 2."""
     claims: dict[str, list[Case]] = {}
-    for heading, cases in groups.items():
-        for case in cases:
-            if heading == _HIDDEN_HEADING:
-                name = f"{case.task}, all lengths"
-            elif heading == _GPT3_HEADING:  # accuracy is by rank, all else is said
-                name = f"all questions of GPT-3 {'Rank' if case.metric == 'accuracy' else 'Gen'}"
-            else:
-                name = answers.named(case)
-            claims.setdefault(name, []).append(case)
+    for case in cases:
+        if heading == _HIDDEN_HEADING:
+            name = f"{case.task}, all lengths"
+        elif heading == _GPT3_HEADING:
+            name = f"{_summary_row(case)}, mean over its tasks"
+        else:
+            name = answers.named(case)
+        claims.setdefault(name, []).append(case)
     return claims
 
 
-def _verdict(name: str, both: Sequence[evaluate.Line]) -> str:
-    """Whether there is a difference: two standard errors are taken for one, from 6 questions on."""
+def _summary_row(case: Case) -> str:
+    """The row of table 2 that a task of GPT-3's belongs to."""
+    return f"GPT-3 {'Rank' if case.metric == 'accuracy' else 'Gen'}"  # all else is said
+
+
+def _both(found: dict[str, list[evaluate.Line]], case: Case) -> list[evaluate.Line]:
+    """The answers of the model and of its windows to a case, question by question."""
+    model, windows = (found.get(reader, []) for reader in READERS[:2])
+    return evaluate.paired(model, windows, case.metric)
+
+
+def _verdict(name: str, tasks: Sequence[Sequence[evaluate.Line]]) -> str:
+    """Whether there is a difference: two standard errors are taken for one, from 6 questions on.
+
+    Args:
+        name: of what is judged.
+        tasks: lines of `evaluate.paired`, of each task that weighs the same.
+    """
     first, second, difference = (
-        evaluate.summarise(both, metric) for metric in ("first", "second", "difference")
+        evaluate.mean_of_tasks([s for task in tasks if (s := evaluate.summarise(task, metric))])
+        for metric in ("first", "second", "difference")
     )
-    assert first and second and difference
     error = difference.error
     verdict = "is open"
     if error is not None and difference.count >= _FEWEST and abs(difference.mean) > 2 * error:
@@ -291,7 +307,10 @@ def _section(
 ) -> list[str]:
     """The tables of a group, in Markdown."""
     said = [f"### {heading}", ""]
-    said += [report.markdown_table(*answers.table_of(lines, cases, readers)), ""]
+    header, rows = answers.table_of(lines, cases, readers)
+    if heading == _GPT3_HEADING:
+        rows += _means(lines, cases, readers)
+    said += [report.markdown_table(header, rows), ""]
     if heading == _DOCUMENTS_HEADING:
         for case in cases:
             said += [f"Perplexity of {case.label.removeprefix('documents ')} by place:", ""]
@@ -299,6 +318,30 @@ def _section(
     if heading == _GPT3_HEADING and BASE in readers:
         said += [_got_worse(lines, cases), ""]
     return said
+
+
+def _means(
+    lines: Sequence[evaluate.Line], cases: Sequence[Case], readers: Sequence[str]
+) -> list[list[str]]:
+    """Rows of table 2: means over tasks, of readers that answered all of them."""
+    by_case = evaluate.grouped(lines)
+    by_row: dict[tuple[str, str], list[Case]] = {}
+    for case in cases:
+        metric = case.metric if case.metric == "accuracy" else "said right"
+        by_row.setdefault((f"{_summary_row(case)} mean", metric), []).append(case)
+    rows = []
+    for names, of_row in by_row.items():
+        cells = []
+        for reader in readers:
+            found = [by_case.get(evaluate.case_key(case), {}).get(reader, []) for case in of_row]
+            sums = [
+                evaluate.summarise(each, c.metric) for each, c in zip(found, of_row, strict=True)
+            ]
+            whole = [each for each in sums if each]
+            mean = evaluate.mean_of_tasks(whole) if len(whole) == len(sums) else None
+            cells.append(answers.cell(mean))
+        rows.append([*names, *cells])
+    return rows
 
 
 def _got_worse(lines: Sequence[evaluate.Line], cases: Sequence[Case]) -> str:
