@@ -319,6 +319,8 @@ TOGETHER: list[tuple[str, str]] = [
     ("feedback.bias_power=0", "feedback.bias_power must be above 0"),
     ("feedback.bias_start=0", "needs a feedback.bias_start below fam.fam_bias=0.0"),
     ("run.steps=0", "run.steps must be at least 1"),
+    ("run.minutes=-1", "run.minutes must be at least 0"),
+    ("run.minutes=5 optimizer.schedule=linear", "set one of them back to its default"),
     ("run.keep_checkpoints=0", "run.keep_checkpoints must be at least 1"),
     ("run.explode_at=0", "run.explode_at must be above 0"),
     ("probes.passkey_lengths=2,1", "in ascending order, not [2, 1]"),

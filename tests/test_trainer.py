@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import random
@@ -291,6 +292,23 @@ def test_a_run_may_be_made_longer(tmp_path: Path) -> None:
     longer = run(recipe(tmp_path / "longer", run={"steps": 6}), resume=True)
     assert longer.losses == whole.losses[3:]
     assert metrics(tmp_path / "longer") == metrics(tmp_path / "whole")
+
+
+def test_a_run_ends_with_its_time_and_may_be_given_more(tmp_path: Path) -> None:
+    whole = run(recipe(tmp_path / "whole", run={"steps": 3}))
+    short = recipe(tmp_path / "timed", run={"steps": 3, "minutes": 1e-9})
+    with (
+        pytest.MonkeyPatch.context() as patch
+    ):  # as if each look at the clock took half of the time
+        patch.setattr("time.monotonic", itertools.count(0, 3e-8).__next__)
+        timed = run(short)
+    assert (timed.steps, timed.interrupted) == (1, False)
+    assert timed.losses == whole.losses[:1]
+    assert (tmp_path / "timed" / "adapter_model.safetensors").exists()
+    again = run(short, resume=True)  # its time was up before
+    assert (again.steps, again.losses) == (1, [])
+    longer = run(recipe(tmp_path / "timed", run={"steps": 3}), resume=True)
+    assert longer.losses == whole.losses[1:]
 
 
 def test_a_finished_run_that_goes_on_only_measures_and_saves(tmp_path: Path) -> None:

@@ -326,8 +326,14 @@ def _check_drawn_segments(recipe: Recipe) -> None:
 def _check_run(recipe: Recipe) -> None:
     run = recipe.run
     _at_least(1, "run", run, ["steps", "keep_checkpoints", "log_every"])
-    _at_least(0, "run", run, ["seed", "checkpoint_every"])
+    _at_least(0, "run", run, ["minutes", "seed", "checkpoint_every"])
     _above_zero("run", run, ["explode_at"])  # inf: never
+    _refuse_unless(
+        not run.minutes or recipe.optimizer.schedule == "constant",
+        f"run.minutes={run.minutes:g} ends the run at a step that nobody knows before, and "
+        f'optimizer.schedule="{recipe.optimizer.schedule}" falls towards the last one; set one of them '
+        "back to its default.",
+    )
 
 
 def _check_recording(recipe: Recipe) -> None:

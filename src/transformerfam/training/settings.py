@@ -216,6 +216,11 @@ class RunSettings:
 
     output: str = _setting("", "folder for the adapter, checkpoints and the journal")
     steps: int = _setting(1000, "steps of the optimizer")
+    minutes: float = _setting(
+        0.0,
+        "end as after the last step once training has taken so long in all, for a machine that is there "
+        "for a while; 0: only after the last step",
+    )
     seed: int = _setting(0, "of everything random: data, new weights, state passing")
     precision: Literal["fp32", "bf16"] = _setting("fp32", "of the computation (autocast)")
     activation_checkpointing: bool = _setting(

@@ -172,7 +172,7 @@ class Trainer:
     # ---- the loop
 
     def run(self, *, resume: bool = False, stop: Callable[[], bool] = lambda: False) -> Trained:
-        """Train from the start, or from the newest checkpoint, to the last step.
+        """Train from the start, or from the newest checkpoint, to the last step or for `run.minutes`.
 
         Raises:
             UserError: if there is something to go on from and `resume` is not set, or the reverse.
@@ -189,20 +189,20 @@ class Trainer:
 
         kept = self._journal()
         try:
-            for step in range(self.start.step, run.steps):
+            for step in range(self.start.step, 0 if self._time_is_up(seconds()) else run.steps):
                 loss, read = self._step(step, kept)
                 trained.losses.append(loss)
                 self._tell_what_is_left_out(kept)
                 trained.steps = step + 1
                 tokens += read
+                if step + 1 == run.steps or self._time_is_up(seconds()):
+                    break  # its checkpoint is written when all is measured
                 every = self.recipe.probes.every
-                if every and (step + 1) % every == 0 and step + 1 < run.steps:
+                if every and (step + 1) % every == 0:
                     kept.probe(step + 1, self.measure())
                 # After the probe: a run that goes on from a checkpoint does not measure again.
-                trained.interrupted = self._any_process(stop()) and step + 1 < run.steps
+                trained.interrupted = self._any_process(stop())
                 due = run.checkpoint_every and (step + 1) % run.checkpoint_every == 0
-                # That of the last step is written when all is measured.
-                due = due and step + 1 < run.steps
                 if self.folder is not None and (due or trained.interrupted):
                     self._checkpoint(self._progress(step + 1, tokens, seconds()))
                 if trained.interrupted:
@@ -249,6 +249,11 @@ class Trainer:
                 f"step {step + 1:,}   texts of up to {self.curriculum.longest:,} tokens"
             )
         return loss, tokens
+
+    def _time_is_up(self, seconds: float) -> bool:
+        minutes = self.recipe.run.minutes
+        # Clocks differ, and all processes end with the same step.
+        return minutes > 0 and self._any_process(seconds >= 60 * minutes)
 
     @property
     def _bias_rises(self) -> bool:
