@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from pathlib import Path
@@ -116,6 +117,24 @@ def test_what_was_asked_is_kept_and_not_asked_again(model: Any, tmp_path: Path) 
     direct = case().make(2).ask(model)
     kept = next(x for x in lines if x["reader"] == "model" and x["question"] == 2)
     assert kept["metrics"] == direct
+
+
+def test_what_was_too_long_is_asked_once_it_may_be_longer(model: Any, tmp_path: Path) -> None:
+    for limit, left in ((25, 6), (30, 0), (50, 3), (50, 0)):
+        readers = evaluate.readers(model, ["full"], full_limit=limit)
+        asks = evaluate.plan(readers, [case(), case(length=40)])
+        results = evaluate.Results(tmp_path, readers, seed=0)
+        assert len(list(evaluate.evaluate(asks, results))) == left
+    _, lines = evaluate.read_results(tmp_path)
+    assert all("metrics" in line for line in lines) and len(lines) == 6
+
+
+def test_another_memory_over_the_same_weights_is_another_model(model: Any, tmp_path: Path) -> None:
+    before = evaluate.weights_of(model)
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        other.model.fam_prompt.weight[0, 0] += 1
+    assert evaluate.weights_of(other) != before == evaluate.weights_of(copy.deepcopy(model))
 
 
 def test_processes_share_a_folder(model: Any, tmp_path: Path) -> None:

@@ -41,7 +41,7 @@ def text(ids: Any) -> str:
 @pytest.mark.parametrize("name", MADE)
 def test_what_is_made_up_has_its_length_and_is_the_same_each_time(name: str) -> None:
     case = only(name, samples=3)
-    assert (case.task, case.count, case.setting) == (name, 3, {"length": 900})
+    assert (case.task, case.count, case.setting["length"]) == (name, 3, 900)
     questions = [case.make(n) for n in range(3)]
     for question in questions:
         assert isinstance(question, Recite | Say)
@@ -52,6 +52,25 @@ def test_what_is_made_up_has_its_length_and_is_the_same_each_time(name: str) -> 
     assert questions[0].ids != questions[1].ids  # type: ignore[attr-defined]
     other = only(name, samples=3, seed=1)
     assert questions[0].ids != other.make(0).ids  # type: ignore[attr-defined]
+
+
+def test_what_is_hidden_in_another_text_is_another_question(tmp_path: Path) -> None:
+    (tmp_path / "qa1_test_test.txt").write_text(BABI)
+    kept = {}
+    changed: dict[str, dict[str, Any]] = {
+        "one": {},
+        "same": {"filler": tuple(FILLER)},
+        "other": {"filler": [*FILLER, "More."]},
+        "babi": {"data": {"babilong": str(tmp_path)}},
+    }
+    for name, changes in changed.items():
+        kept[name] = [only(task, **changes) for task in ("passkey", "ruler-vt", "babilong-qa1")]
+    settings = {name: [case.setting for case in cases] for name, cases in kept.items()}
+    assert settings["one"] == settings["same"]
+    assert all(a != b for a, b in zip(settings["one"], settings["other"], strict=True))
+    assert settings["one"][:2] == settings["babi"][:2] and settings["one"][2] != settings["babi"][2]
+    assert [case.label for case in kept["other"]] == ["passkey", "ruler-vt", "babilong-qa1"]
+    assert kept["babi"][2].label == f"babilong-qa1 {tmp_path.name}"
 
 
 def test_recall_asks_for_a_segment_that_stands_in_the_text() -> None:

@@ -8,6 +8,7 @@ own. Prints nothing.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import platform
@@ -166,11 +167,18 @@ class Results:
             merged = {**about, "readers": {**kept.get("readers", {}), **about["readers"]}}
             with whole_file(folder / _ABOUT) as beside:
                 beside.write_text(json.dumps(merged, indent=2) + "\n")
-        self.done = {line["key"] for line in read_results(folder)[1]}
+        limits = {reader.name: reader.limit for reader in readers}
+        self.done = {line["key"] for line in read_results(folder)[1] if _is_done(line, limits)}
 
     def add(self, ask: Ask, line: Line) -> None:
         """Keep one answer; it is on the disk when this returns."""
         append_line(self._file, json.dumps({"key": ask.key, **line}))
+
+
+def _is_done(line: Line, limits: Mapping[str, int | None]) -> bool:
+    """Whether there is an answer, or still cannot be one."""
+    limit = limits.get(line["reader"])
+    return "skipped" not in line or (limit is not None and line["tokens"] > limit)
 
 
 def evaluate(asks: Sequence[Ask], results: Results) -> Iterator[tuple[Ask, Line]]:
@@ -180,6 +188,7 @@ def evaluate(asks: Sequence[Ask], results: Results) -> Iterator[tuple[Ask, Line]
     (`Reader.same_as`) are asked once for all.
     """
     before: tuple[Ask, Line] | None = None
+    software = ", ".join(f"{name} {version}" for name, version in _software().items())
     for ask in asks:
         if ask.key in results.done:
             continue
@@ -194,6 +203,7 @@ def evaluate(asks: Sequence[Ask], results: Results) -> Iterator[tuple[Ask, Line]
             "metric": ask.case.metric,
             "tokens": question.tokens,
             "facts": dict(question.facts),
+            "software": software,
         }
         limit = ask.reader.limit
         if limit is not None and question.tokens > limit:
@@ -245,18 +255,26 @@ def _about(readers: Sequence[Reader], seed: int) -> dict[str, Any]:
         "weights": weights_of(first),
         "seed": seed,
         "readers": {r.name: r.config.to_dict() for r in readers},
-        "software": {
-            "transformerfam": __version__,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "python": platform.python_version(),
-        },
+        "software": _software(),
+    }
+
+
+def _software() -> dict[str, str]:
+    return {
+        "transformerfam": __version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
     }
 
 
 def weights_of(model: Any) -> str:
-    """A fingerprint of the weights, whatever the geometry."""
-    return str(fingerprint(twin(model, model.fam_config.without_feedback())))
+    """A fingerprint of the weights, those of the memory among them, whatever the windows."""
+    digest = hashlib.sha256(fingerprint(twin(model, model.fam_config.without_feedback())).encode())
+    for name, tensor in sorted(model.named_parameters()):
+        if any(module in name for module in model.fam_config.added_modules):
+            digest.update(tensor.detach().to("cpu", torch.float64).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _read_about(folder: Path) -> dict[str, Any]:

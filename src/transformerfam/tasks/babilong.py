@@ -40,11 +40,12 @@ class Story:
 def cases(kind: str, wanted: Wanted) -> list[Case]:
     """A case for each length; metric `accuracy`: the answer is said, and no other."""
     stories, answers = _stories(kind, wanted)
+    files = {"data": wanted.data["babilong"]} if "babilong" in wanted.data else {}
     return [
         Case(
             task=f"babilong-{kind}",
             version=VERSION,
-            setting={"length": length},
+            setting={**wanted.made_up(length), **files},
             count=wanted.samples,
             make=partial(_question, kind, wanted, stories, answers, length),
             metric="accuracy",

@@ -6,6 +6,7 @@ module and a line there.
 
 from __future__ import annotations
 
+import hashlib
 import random
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -20,6 +21,7 @@ from transformerfam.tasks.questions import Question
 from transformerfam.text import Encoder
 
 _FEWEST_WORDS = 50
+_FILLER = "filler"  # in a case's setting
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,17 @@ class Wanted:
             )
         return found
 
+    def made_up(self, length: int) -> dict[str, Any]:
+        """The setting of a case whose texts are made: their length, and a fingerprint of the filler."""
+        return {"length": length, _FILLER: self._fingerprint_of_filler}
+
+    @cached_property
+    def _fingerprint_of_filler(self) -> str:
+        digest = hashlib.sha256()
+        for text in self.filler:
+            digest.update(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest())
+        return digest.hexdigest()[:12]
+
     def path(self, task: str) -> str:
         """Where the data of a task is.
 
@@ -106,11 +119,11 @@ class Case:
 
     @property
     def label(self) -> str:
-        """The task and what tells its cases apart, but for the axis."""
+        """The task and what tells its cases apart, but for the axis and the filler."""
         others = [
             data_name(Path(v)) if k == "data" else str(v)
             for k, v in self.setting.items()
-            if k != self.axis and v is not None
+            if k not in (self.axis, _FILLER) and v is not None
         ]
         return " ".join([self.task, *others])
 

@@ -34,7 +34,7 @@ def cases(name: str, wanted: Wanted) -> list[Case]:
         Case(
             task=name,
             version=VERSION,
-            setting={"length": length},
+            setting=wanted.made_up(length),
             count=wanted.samples,
             make=partial(_question, name, wanted, texts, length),
             metric="exact",

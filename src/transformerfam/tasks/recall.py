@@ -19,7 +19,7 @@ def cases(wanted: Wanted) -> list[Case]:
         Case(
             task="recall",
             version=VERSION,
-            setting={"length": length},
+            setting=wanted.made_up(length),
             count=wanted.samples,
             make=partial(_question, wanted, length),
             metric="tokens",

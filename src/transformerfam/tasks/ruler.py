@@ -41,7 +41,7 @@ def cases(kind: str, wanted: Wanted) -> list[Case]:
         Case(
             task=f"ruler-{kind}",
             version=VERSION,
-            setting={"length": length},
+            setting=wanted.made_up(length),
             count=wanted.samples,
             make=partial(_question, kind, wanted, length),
             metric="recall",
