@@ -7,6 +7,7 @@ import os
 import shlex
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from transformerfam.reproduction.runs import Result
 
 _SEEDS = 3
+_DEFAULTS = {"--scale": "toy", "--seeds": _SEEDS}
 _LOOK_TOKENS = 4096  # of texts longer than these --samples asks for fewer
 
 HELP = "make a table or figure of the paper again: train, ask, draw"
@@ -78,8 +80,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--workers",
         metavar="COUNT",
         type=options.whole(1),
-        default=2,
-        help="runs at a time, each on one core (default: %(default)s)",
+        help="runs at a time, each on one core, or on the accelerator at the scale small (default: 2 "
+        "for toys, else 1)",
     )
     parser.add_argument(
         "--out",
@@ -95,26 +97,26 @@ def _add_real_data(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--data",
         metavar="FOLDER",
-        help="for results, table2 and table12: real data, see docs/evaluation.md",
+        help="for results and table2: real data, see docs/evaluation.md",
     )
     parser.add_argument(
         "--adapter",
         metavar="FOLDER",
-        help="for results, table2, table12 and figure11: an adapter of the default model, such as "
+        help="for results, table2 and figure11: an adapter of the default model, such as "
         "shipped (default: none)",
     )
     parser.add_argument(
         "--samples",
         metavar="COUNT",
         type=options.whole(1),
-        help="for results, table2 and table12: questions of each kind, for a quick look; of keys and "
+        help="for results and table2: questions of each kind, for a quick look; of keys and "
         f"facts in more than {_LOOK_TOKENS:,} tokens fewer, down to one",
     )
     parser.add_argument(
         "--rows",
         metavar="COUNT",
         type=options.whole(1),
-        help="for results, table2 and table12: questions of each of GPT-3's tasks (default: as "
+        help="for results and table2: questions of each of GPT-3's tasks (default: as "
         "--samples, or 300)",
     )
     parser.add_argument(
@@ -158,32 +160,29 @@ def run(args: argparse.Namespace) -> int:
 def _titles() -> dict[str, str]:
     """What there is."""
     from transformerfam.reproduction import results
-    from transformerfam.reproduction.items import ITEMS
+    from transformerfam.reproduction.items import ITEMS, SAME_PAGE
     from transformerfam.reproduction.machine import MACHINE
 
     titles = {name: item.title for name, item in ITEMS.items()}
     titles |= {name: (make.__doc__ or "").splitlines()[0] for name, make in MACHINE.items()}
     titles |= {name: title for name, (title, _, _) in results.ITEMS.items()}
-    return titles
+    return titles | {other: titles[n] for other, n in SAME_PAGE.items() if n in titles}
 
 
 def _names(args: argparse.Namespace, titles: dict[str, str]) -> list[str]:
     from transformerfam.reproduction import results
+    from transformerfam.reproduction.items import ITEMS, SAME_PAGE
     from transformerfam.reproduction.machine import MACHINE
 
-    names = list(dict.fromkeys(args.items))
-    if names == ["all"]:
-        # A page that goes by two names is made once.
-        once = {make: name for name, make in sorted(MACHINE.items(), reverse=True)}.values()
-        left_out = set(MACHINE) - set(once) | (set() if args.data else set(results.ITEMS))
-        if args.scale != "toy":  # what trains nothing has no scale
-            left_out |= set(MACHINE)
-        return sorted(set(titles) - left_out)
-    if unknown := [name for name in names if name not in titles]:
+    if args.items == ["all"]:
+        trained, asked = set(ITEMS), set(results.ITEMS) if args.data else set()
+        # What trains nothing has no scale.
+        return sorted(trained | asked | (set(MACHINE) if args.scale == "toy" else set()))
+    if unknown := [name for name in args.items if name not in titles]:
         raise UserError(
             f"There is no item {unknown[0]}; `fam reproduce` without one lists what there is."
         )
-    return names
+    return list(dict.fromkeys(SAME_PAGE.get(name, name) for name in args.items))
 
 
 def _folder(path: str) -> Path:
@@ -204,10 +203,10 @@ def _page(name: str, args: argparse.Namespace, folder: Path) -> Page:
     from transformerfam.reproduction.machine import MACHINE, Making, paper_page
 
     command = _command(name, args)
+    _refuse_unused(name, args)
     if name in results.ITEMS:
         return _results(name, args, folder, command)
     if name in MACHINE:
-        _refuse_unused(name, args)
         making = Making(folder, command, args.adapter)
         if lengths := _lengths(args.lengths):
             making = replace(making, lengths=lengths)
@@ -222,22 +221,30 @@ def _page(name: str, args: argparse.Namespace, folder: Path) -> Page:
     return page.item_page(name, item, found, command, folder)
 
 
-def _refuse_unused(name: str, args: argparse.Namespace) -> None:
-    """What trains nothing has no use for what says how to train.
-
-    Raises:
-        UserError: if such a thing was asked for.
-    """
+def _unused(name: str) -> set[str]:
+    """Options that an item has no use for."""
+    from transformerfam.reproduction import results
+    from transformerfam.reproduction.items import ITEMS
     from transformerfam.reproduction.machine import WITH_LENGTHS
 
-    given = {
-        "--seeds": args.seeds != _SEEDS,
-        "--steps": args.steps is not None,
-        "--scale": args.scale != "toy",
-        "--lengths": args.lengths is not None and name not in WITH_LENGTHS,
-    }
-    for option, is_given in given.items():
-        if is_given and args.items != ["all"]:
+    training = {"--scale", "--seeds", "--steps", "--workers"}
+    asking = {"--adapter", "--cut", "--data", "--rows", "--samples"}
+    if name in ITEMS:
+        return asking
+    if name in results.ITEMS:
+        return training
+    own = {"--lengths"} if name in WITH_LENGTHS else {"--adapter"} if name == "figure11" else set()
+    return training | asking | {"--lengths"} - own
+
+
+def _refuse_unused(name: str, args: argparse.Namespace) -> None:
+    """Refuse an option that does nothing for an item, unless all were asked for.
+
+    Raises:
+        UserError: if there is one.
+    """
+    for option in sorted(_unused(name)):
+        if getattr(args, option[2:]) != _DEFAULTS.get(option) and args.items != ["all"]:
             raise UserError(f"{option} does nothing for {name}; leave it out.")
 
 
@@ -291,7 +298,8 @@ def _found(name: str, args: argparse.Namespace, folder: Path) -> Found:
     whose = {str(each.run): each for each in planned}
     results: dict[str, Result] = {}
     runs = [each.run for each in planned]
-    for run, result, kept in results_of(runs, work, folder / _RUNS, workers=args.workers):
+    workers = args.workers or (2 if args.scale == "toy" else 1)
+    for run, result, kept in results_of(runs, work, folder / _RUNS, workers=workers):
         results[str(run)] = result
         if not kept:
             told = _told(whose[str(run)], result)
@@ -311,22 +319,15 @@ def _lengths(text: str | None) -> tuple[int, ...] | None:
 def _command(name: str, args: argparse.Namespace) -> str:
     """The command that makes the same page."""
     words = ["fam", "reproduce", name]
-    if args.scale != "toy":
-        words += ["--scale", args.scale]
-    if args.seeds != _SEEDS:
-        words += ["--seeds", str(args.seeds)]
-    if args.steps is not None:
-        words += ["--steps", str(args.steps)]
-    if args.lengths is not None:
-        words += ["--lengths", args.lengths]
-    if args.samples is not None:
-        words += ["--samples", str(args.samples)]
-    if args.rows is not None:
-        words += ["--rows", str(args.rows)]
-    if args.cut is not None:
-        words += ["--cut", str(args.cut)]
-    if args.data is not None:
-        words += ["--data", "DATA"]  # where it lies says nothing
-    if args.adapter is not None:
-        words += ["--adapter", Path(args.adapter).name]
-    return shlex.join(words)
+    # Where data lies says nothing, and how many work at it changes nothing.
+    shown = {**vars(args), "data": args.data and "DATA"}
+    shown["adapter"] = args.adapter and Path(args.adapter).name
+    for option in ("--scale", "--seeds", "--steps", "--lengths", "--samples", "--rows", "--cut"):
+        words += _said(option, shown, name)
+    return shlex.join(words + _said("--data", shown, name) + _said("--adapter", shown, name))
+
+
+def _said(option: str, shown: Mapping[str, object], name: str) -> list[str]:
+    value = shown[option[2:]]
+    is_said = value != _DEFAULTS.get(option) and option not in _unused(name)
+    return [option, str(value)] if is_said else []

@@ -10,7 +10,6 @@ from pathlib import Path
 from transformerfam import report
 from transformerfam.config import FamConfig
 from transformerfam.reproduction import scales
-from transformerfam.reproduction.experiment import Experiment
 from transformerfam.reproduction.items import Item
 from transformerfam.reproduction.page import Page, papers_table, papers_tables
 from transformerfam.reproduction.results import UNTRAINED
@@ -208,28 +207,27 @@ def _papers_ratios() -> list[tuple[str, float]]:
     return [(n, f / b) for n, f, b in zip(header[1:], fam, bswa, strict=True)]
 
 
-# name -> what makes its page; two names may be of one page
+# name -> what makes its page
 MACHINE: dict[str, Callable[[Making], Page]] = {
     "figure1": figure1,
-    "figure2": figure1,
     "figure11": figure11,
     "table3": table3,
-    "table4": table3,
     "table10": table10,
     "table13": table13,
-    "table14": table13,
 }
 # Those that take other lengths.
-WITH_LENGTHS = ("table13", "table14")
+WITH_LENGTHS = ("table13",)
 
 
 def paper_page(name: str, item: Item, command: str) -> Page:
     """An item at the paper's size: every variant on every model of table 3, planned and estimated."""
-    training = scales.PASSKEY if item.experiment.kind == "passkey" else scales.TUNING
+    training, texts = (
+        (scales.TUNING, "texts of the mix of instructions")
+        if item.tuned
+        else (scales.PASSKEY, "PassKey texts")
+    )
     header = ["variant", "model", "state of a stream", "trained tokens", "operations", "days"]
-    rows = [
-        row for variant in _of_the_paper(item.experiment) for row in _estimates(variant, training)
-    ]
+    rows = [row for variant in _of_the_paper(item) for row in _estimates(variant, training)]
     return Page(
         f"{name}-paper",
         [
@@ -237,9 +235,9 @@ def paper_page(name: str, item: Item, command: str) -> Page:
             "",
             f"    {command}",
             "",
-            f"{training['steps']:,} steps of {training['rows']} texts of up to {training['longest']:,} "
-            "tokens, LoRA of rank 64, Adafactor (table 4, section 3.1). Models are built without "
-            "weights; nothing is trained. Days are those of one accelerator that does "
+            f"{training['steps']:,} steps of {training['rows']} {texts} of up to "
+            f"{training['longest']:,} tokens, LoRA of rank 64, Adafactor (table 4, section 3.1). Models "
+            "are built without weights; nothing is trained. Days are those of one accelerator that does "
             f"{FLOPS_OF_AN_ACCELERATOR:.0e} operations a second.",
             "",
             report.markdown_table(header, rows),
@@ -249,8 +247,9 @@ def paper_page(name: str, item: Item, command: str) -> Page:
     )
 
 
-def _of_the_paper(its: Experiment) -> list[tuple[str, FamConfig]]:
-    return [(v.name, scales.paper_geometry(v)) for v in scales.distinct(its)]
+def _of_the_paper(item: Item) -> list[tuple[str, FamConfig]]:
+    variants = scales.distinct(item.experiment, scratch=True)
+    return [(v.name, scales.paper_geometry(v, tuned=item.tuned)) for v in variants]
 
 
 def _estimates(variant: tuple[str, FamConfig], training: dict[str, int]) -> list[list[str]]:

@@ -107,20 +107,43 @@ def judge(claim: Claim, its: Experiment, curves: Curves) -> str:
         [statistics.mean(seed[n] for n in lengths) for seed in curves[name]]
         for name in (claim.more, claim.less)
     )
-    wins = sum(a > b for a, b in zip(more, less, strict=True))
+    wins, losses = (
+        sum((a - b) * way > 0 for a, b in zip(more, less, strict=True)) for way in (1, -1)
+    )
     where = "all lengths" if claim.within else "lengths beyond those trained on"
     means = f"{statistics.mean(more):.3f} against {statistics.mean(less):.3f} over {where}"
-    seeds = len(more)
     if its.kind == "passkey" and max(map(statistics.mean, (more, less))) < _HARDLY_ANYTHING:
-        verdict = "cannot be told, since neither says much more than chance"
-    elif wins == seeds:
-        verdict = "held" if seeds > 1 else "held with the one seed"
-    elif wins == 0:
-        verdict = "did not hold"
+        verdict = "**cannot be told, since neither says much more than chance**"
     else:
-        verdict = f"is open ({wins} of {seeds} seeds)"
+        verdict = _verdict(wins, losses, len(more), claim.paper)
     question = f" ({ASKED[claim.asked]})" if claim.asked else ""
-    return f"That {claim.more} does better than {claim.less}{question} **{verdict}**: {means}."
+    return f"That {claim.more} does better than {claim.less}{question} {verdict}: {means}."
+
+
+def _verdict(wins: int, losses: int, seeds: int, paper: bool | None) -> str:
+    """What so many seeds of all say, and whether the paper says so too; None: it says nothing."""
+    if not wins and not losses:
+        return "**makes no difference**"
+    if max(wins, losses) < seeds:
+        return f"**is open ({wins} of {seeds} seeds)**"
+    held = wins == seeds
+    verdict = f"**{'held' if held else 'did not hold'}{'' if seeds > 1 else ' with the one seed'}**"
+    if paper is None:
+        return verdict
+    return f"{verdict}, {'as' if held == paper else 'other than'} in the paper"
+
+
+def learned_nothing(its: Experiment, curves: Curves) -> list[str]:
+    """Which variants, in how many seeds, do not know texts as they were trained on."""
+    lines = []
+    for name, seeds in curves.items():
+        within = [max(share for n, share in seed.items() if n <= its.longest) for seed in seeds]
+        if failed := sum(share < _HARDLY_ANYTHING for share in within):
+            lines.append(
+                f"{name} learned nothing in {failed} of {len(seeds)} seeds: texts as long as those of "
+                "training are answered by chance."
+            )
+    return lines
 
 
 def reach_of(its: Experiment, curves: Curves) -> list[str]:
@@ -160,7 +183,9 @@ def item_page(name: str, item: Item, found: Found, command: str, folder: Path) -
     page.lines = [f"# {item.title}", "", f"    {command}", "", item.about, "", _how(its, found), ""]
     curves = {asked: curves_of(its, found, asked) for asked in its.asked}
     first = curves[its.asked[0]]
-    verdicts = reach_of(its, first) if its.kind == "passkey" else []
+    verdicts = []
+    if its.kind == "passkey":
+        verdicts = reach_of(its, first) + learned_nothing(its, first)
     verdicts += [judge(claim, its, curves[claim.asked or its.asked[0]]) for claim in item.claims]
     page.lines += ["## What held here", "", *(f"- {line}" for line in verdicts), ""]
     if len(seeds) > 1 and item.claims:
@@ -195,21 +220,22 @@ def item_page(name: str, item: Item, found: Found, command: str, folder: Path) -
 
 
 def _how(its: Experiment, found: Found) -> str:
-    seconds = statistics.mean(result["seconds"] for _, result in found)
+    seconds = [result["seconds"] for _, result in found]
+    # Runs that were suspended, or shared their core, would pull a mean.
+    took = f"{report.duration(statistics.median(seconds))} a run in the middle"
     steps = ", ".join(map(str, sorted({planned.run["steps"] for planned, _ in found})))
     shape = its.shape
     if its.unit == "tokens":
         return (
             f"The default model under the recipe `passkey`: {steps} steps of texts of up to "
-            f"{its.longest:,} tokens, on average {report.duration(seconds)} a run; blocks of a quarter "
-            f"of the paper's; {its.count} texts asked at each length, and a key counts if all of it is "
-            "said."
+            f"{its.longest:,} tokens, {took}; blocks of a quarter of the paper's; {its.count} texts "
+            "asked at each length, and a key counts if all of it is said."
         )
     keys = f"; keys of {shape.digits} digits (chance: 0.10)" if its.kind == "passkey" else ""
     return (
         f"A decoder from scratch of {shape.layers} layers, {shape.width} wide; blocks of {shape.block}"
-        f"{keys}; {steps} steps of {shape.rows} texts of up to {its.longest} blocks, on average "
-        f"{report.duration(seconds)} a run on one core; {its.count} texts asked at each length, which "
+        f"{keys}; {steps} steps of {shape.rows} texts of up to {its.longest} blocks, {took}, "
+        f"on one core; {its.count} texts asked at each length, which "
         "training never saw."
     )
 
@@ -283,7 +309,7 @@ def write_index(folder: Path) -> Path:
         if path.name == "index.md" or not text or not text[0].startswith("# "):
             continue
         lines += [f"## [{text[0].removeprefix('# ')}]({path.name})", ""]
-        if held := [line for line in text if re.match(r"- .*\*\*.*\*\*: ", line)]:
+        if held := [line for line in text if re.match(r"- .*\*\*.*\*\*[^:]*: ", line)]:
             lines += [*held, ""]
     index = folder / "index.md"
     with whole_file(index) as beside:

@@ -163,7 +163,6 @@ ITEMS: dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
         ("table02_gpt3_summary", "table12_gpt3"),
     ),
 }
-ITEMS["table12"] = ITEMS["table2"]
 
 
 def cases_of(name: str, data: Path, tokenizer: Any, sizes: Sizes) -> dict[str, list[Case]]:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 # A toy has blocks of 16 and, but for table 5, 8 slots where the paper has 1024 and 64.
 _TOY_BLOCK, _TOY_SLOTS, _SLOTS = 16, 8, 64
+_SEGMENTS = 3  # of a FAM beside PassKey
 
 
 @dataclass(frozen=True)
@@ -56,11 +57,19 @@ PASSKEY = {"steps": 5000, "rows": 128, "longest": 18_432}
 TUNING = {"steps": 50_000, "rows": 128, "longest": 8_704}
 
 
-def paper_geometry(variant: Variant, block: int = 1024) -> FamConfig:
-    """A toy variant's geometry at the paper's size, or at that of another block size."""
+def paper_geometry(variant: Variant, block: int = 1024, *, tuned: bool = False) -> FamConfig:
+    """A toy variant's geometry at the paper's size, or at that of another block size.
+
+    Args:
+        variant: of a toy.
+        block: B.
+        tuned: of a model tuned on instructions: a FAM has past blocks beside it (table 4).
+    """
     fam = {k: v for k, v in variant.fam.items() if k not in ("feedback_norm", "feedback_rms")}
     if fam.get("fam_length"):
         fam["fam_length"] = fam["fam_length"] * _SLOTS // _TOY_SLOTS
+        if tuned:
+            fam["memory_segments"] = _SEGMENTS
     fam.update(variant.paper)
     if fam.get("fam_length"):
         fam["fam_length"] = max(1, fam["fam_length"] * block // 1024)
@@ -69,15 +78,21 @@ def paper_geometry(variant: Variant, block: int = 1024) -> FamConfig:
     return FamConfig.paper(**{"block_size": block, **fam})
 
 
-def distinct(its: Experiment) -> list[Variant]:
+def distinct(its: Experiment, *, scratch: bool = False) -> list[Variant]:
     """Variants that differ at another size than a toy's; of those that come to the same, the last.
 
-    Rates and steps are a toy's own, and models from scratch (`Variant.model`) are toys alone.
+    Rates, steps and open gates are a toy's own, and so is linear attention.
+
+    Args:
+        its: what is compared.
+        scratch: models are trained from nothing, so that they may have another rotary base.
     """
     kept: dict[str, Variant] = {}
     for variant in its.variants:
-        if not variant.model:
-            kept[repr((asdict(paper_geometry(variant)), dict(variant.feedback)))] = variant
+        own = {name: value for name, value in variant.model.items() if name != "gates"}
+        if not own or (scratch and set(own) == {"rope_theta"}):
+            said = asdict(paper_geometry(variant)), dict(variant.feedback), own
+            kept[repr(said)] = variant
     return [variant for variant in its.variants if variant in kept.values()]
 
 

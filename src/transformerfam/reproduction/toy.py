@@ -18,6 +18,7 @@ from transformerfam.config import FamConfig
 from transformerfam.conversion import convert
 from transformerfam.data.examples import Example
 from transformerfam.data.rows import Source
+from transformerfam.modules import decoder_of
 from transformerfam.reproduction.experiment import Shape
 from transformerfam.reproduction.runs import Run
 from transformerfam.training.adaptation import adapt
@@ -38,8 +39,9 @@ def toy_model(
     *,
     vocabulary: int = VOCABULARY,
     rope_theta: float = 10_000.0,
+    gates: float | None = None,
 ) -> Any:
-    """A TransformerFAM with random weights."""
+    """A TransformerFAM with random weights; `gates`: β of a compressive memory, if not as usual."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(seed)
@@ -53,7 +55,10 @@ def toy_model(
         rope_parameters={"rope_type": "default", "rope_theta": rope_theta},
     )
     # Of a model that has learned nothing no token is better to start from than another.
-    return convert(LlamaForCausalLM(llama), config, prompt="vocabulary", seed=seed)
+    model = convert(LlamaForCausalLM(llama), config, prompt="vocabulary", seed=seed)
+    if gates is not None:
+        torch.nn.init.constant_(decoder_of(model).memory_gates.weight, gates)
+    return model
 
 
 @dataclass(frozen=True)
