@@ -10,8 +10,10 @@ import pytest
 
 from transformerfam.data.examples import BadRow
 from transformerfam.data.files import BadRows, Rows, open_rows
+from transformerfam.data.hub import load_table
 from transformerfam.errors import UserError
 from transformerfam.extras import MissingExtraError
+from transformerfam.tasks.longqa import SOURCES
 
 GOOD: list[dict[str, Any]] = [
     {"text": "Ann waits."},
@@ -278,10 +280,35 @@ def test_a_table_without_the_columns_is_refused(tmp_path: Path, datasets: Any) -
         open_rows(path)
 
 
+def test_data_sets_of_the_hub_that_are_programs_are_read_from_what_it_made_of_them(
+    datasets: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[Any, ...]] = []
+
+    def load(name: str, configuration: str | None = None, **more: Any) -> Any:
+        asked.append((name, configuration, more))
+        if "revision" not in more and name.startswith("ann/"):
+            raise RuntimeError("Dataset scripts are no longer supported, but found news.py")
+        return name
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    assert load_table("ann/news", "test", "welsh") == "ann/news"
+    converted = {"split": "test", "revision": "refs/convert/parquet"}
+    assert asked == [
+        ("ann/news", "welsh", {"split": "test"}),
+        ("ann/news", "welsh", converted),
+    ]
+    url = SOURCES["qasper"].hub
+    assert url is not None and load_table(url[0], url[2], url[1]) == "json"
+    (split, file), *others = asked[-1][2]["data_files"].items()
+    assert split == asked[-1][2]["split"] == "validation" and not others
+    assert file.startswith("zip://qasper/validation.jsonl::https://")
+
+
 def test_any_other_name_is_of_the_hub(
     tmp_path: Path, datasets: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def load(name: str, *, split: str) -> Any:
+    def load(name: str, configuration: None, *, split: str) -> Any:
         if split != "test":
             raise ValueError(f'Unknown split "{split}".\nShould be one of ["test"].')
         return datasets.Dataset.from_dict({"text": [name]})

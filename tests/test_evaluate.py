@@ -270,7 +270,10 @@ def test_a_figure_has_a_panel_a_task_and_a_curve_a_reader() -> None:
     followed = {
         **result(0, 0.0),
         "setting": {"data": "x"},
-        "metrics": {"edges": [0, 1024], "scored": [10, 10], "right": [5, 10], "nats": [1, 1]},
+        "metrics": {
+            **{"edges": [0, 1024], "scored": [10, 10], "right": [5, 10]},
+            **{"nats": [1, 1], "bytes": [40, 40]},
+        },
     }
     ((title, documents),) = panels_of([followed, followed]).items()
     assert title == "passkey x: tokens predicted right, by place"
@@ -284,6 +287,7 @@ def test_documents_are_summed_up_by_place_for_each_reader() -> None:
         reader: str, edges: list[int], nats: list[float], accuracy: float
     ) -> dict[str, Any]:
         sums = {"scored": [10] * len(edges), "right": [5] * len(edges), "nats": nats}
+        sums["bytes"] = [50] * len(edges)
         return {
             **result(0, 0.0, reader),
             **{"task": "documents", "setting": {"data": "x"}, "metric": "accuracy"},
@@ -297,7 +301,10 @@ def test_documents_are_summed_up_by_place_for_each_reader() -> None:
     ]
     assert places_of(lines, case, ["model", "full", "bswa"]) == (
         ["tokens", "model", "full", "bswa"],
-        [["from 0", "2.7", "2.7", "–"], ["from 1,024", "7.4", "–", "–"]],
+        [
+            ["from 0", "2.7 / 0.289", "2.7 / 0.289", "–"],
+            ["from 1,024", "7.4 / 0.577", "–", "–"],
+        ],
     )
     model, full = summaries(lines, [case], ["model", "full", "bswa"])
     assert model["mean"] == pytest.approx(0.4)  # every token weighs the same

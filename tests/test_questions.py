@@ -10,7 +10,7 @@ import torch
 from families import converted, some_tokens
 from torch import Tensor
 
-from transformerfam import FamConfig
+from transformerfam import FamConfig, evaluate
 from transformerfam.tasks.questions import Choose, Fit, Follow, Recite, Say
 
 CONFIG = FamConfig.paper(block_size=8, memory_segments=1, fam_length=2, sink_tokens=2)
@@ -89,7 +89,7 @@ def test_say_ends_at_a_stop_and_is_scored_by_its_text(model: Any) -> None:
 
 
 def test_follow_sums_by_place_and_its_sums_are_the_whole(model: Any) -> None:
-    metrics = Follow(IDS, 90, [0, 8, 20]).ask(model)
+    metrics = Follow(IDS, [10, 30, 50], [0, 8, 20]).ask(model)
     table = log_probabilities(model, IDS)[:-1]
     targets = torch.tensor(IDS[1:])
     losses = -table.gather(1, targets[:, None])[:, 0]
@@ -103,3 +103,10 @@ def test_follow_sums_by_place_and_its_sums_are_the_whole(model: Any) -> None:
         [float(part.sum()) for part in losses.split([7, 12, 25])]
     )
     assert metrics["right"] == [int(part.sum()) for part in hits.split([7, 12, 25])]
+    assert metrics["bytes"] == [10, 30, 50]
+
+
+def test_a_text_of_one_token_says_nothing_of_a_model(model: Any) -> None:
+    metrics = Follow(IDS[:1], [3], [0]).ask(model)
+    assert (metrics["accuracy"], metrics["loss"], metrics["scored"]) == (0, 0, [0])
+    assert evaluate.summarise([{"metrics": metrics}], "accuracy") is None

@@ -456,7 +456,7 @@ def test_real_data_makes_one_page_and_is_not_asked_twice(
     for named in (
         "| passkey 160 | exact |",
         "documents books",
-        "Perplexity of proofs 160 by place",
+        "Perplexity / bits per byte of proofs 160 by place",
     ):
         assert named in text
     # The fixture's adapter changes nothing.

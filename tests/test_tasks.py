@@ -186,12 +186,33 @@ def test_documents_are_followed_from_their_start_up_to_the_cut(tmp_path: Path) -
     question = case.make(1)
     assert isinstance(question, Follow)
     assert len(question.ids) == 50 and (PROSE * 2).startswith(text(question.ids))
-    assert question.nbytes == pytest.approx(len(text(question.ids).encode()), abs=3)
+    assert question.nbytes == pytest.approx([len(text(question.ids).encode())], abs=3)
     whole = only("documents", data={"documents": str(tmp_path)}).make(0)
     assert isinstance(whole, Follow)
-    assert whole.nbytes == len(PROSE.encode())
+    assert whole.nbytes == [len(PROSE.encode())]
+    long = PROSE * (5000 // len(PROSE) * 5)
+    (tmp_path / "a.txt").write_text(long)
+    parts = only("documents", data={"documents": str(tmp_path / "a.txt")}).make(0)
+    assert isinstance(parts, Follow)
+    assert list(parts.edges) == [0, 1024, 2048, 4096][: len(parts.edges)] and len(parts.edges) > 2
+    assert sum(parts.nbytes) == pytest.approx(len(long.encode()))
+    first = len(text(parts.ids[:1024]).encode())
+    assert parts.nbytes[0] == pytest.approx(first, rel=0.02)
     with pytest.raises(UserError, match="give --data documents=PATH"):
         only("documents")
+
+
+def test_documents_of_the_hub_are_asked_for_by_their_split(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def opened(name: str, **more: Any) -> list[Any]:
+        asked.append((name, more))
+        return []
+
+    monkeypatch.setattr("transformerfam.tasks.documents.open_rows", opened)
+    for name in ("ann/books", "ann/books:validation"):
+        only("documents", data={"documents": name})
+    assert asked == [("ann/books", {"split": "test"}), ("ann/books", {"split": "validation"})]
 
 
 ROWS: dict[str, dict[str, Any]] = {

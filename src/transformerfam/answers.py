@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -69,7 +70,7 @@ def summaries(
 def places_of(
     lines: Sequence[Line], case: Case, readers: Sequence[str]
 ) -> tuple[list[str], list[list[str]]]:
-    """Header and rows: perplexity of the documents of a case in each part, one column a reader."""
+    """Header and rows: perplexity and bits per byte of a case's documents in each part, by reader."""
     answered = grouped(lines).get(case_key(case), {})
     parts = {
         reader: {part["from"]: part for part in _parts(answered.get(reader, []))}
@@ -77,19 +78,24 @@ def places_of(
     }
     rows = []
     for edge in sorted({edge for by_edge in parts.values() for edge in by_edge}):
-        cells = [
-            f"{report.perplexity(part['nats'] / part['scored']):.1f}" if part else "–"
-            for part in (by_edge.get(edge) for by_edge in parts.values())
-        ]
+        cells = [_by_part(by_edge.get(edge)) for by_edge in parts.values()]
         rows.append([f"from {edge:,}", *cells])
     return ["tokens", *readers], rows
 
 
+def _by_part(part: dict[str, Any] | None) -> str:
+    if not part or not part["scored"]:
+        return "–"
+    perplexity = f"{report.perplexity(part['nats'] / part['scored']):.1f}"
+    bits = part["nats"] / math.log(2) / max(1.0, part["bytes"])
+    return f"{perplexity} / {bits:.3f}"
+
+
 def _parts(lines: Sequence[Line]) -> list[dict[str, Any]]:
-    """Sums over documents for each part of a document: `from`, `scored`, `nats`, `right`."""
+    """Sums over documents for each part of one: `from`, `scored`, `nats`, `right`, `bytes`."""
     parts: list[dict[str, Any]] = []
     for metrics in (line["metrics"] for line in lines if "edges" in line.get("metrics", {})):
-        names = ("scored", "nats", "right")
+        names = ("scored", "nats", "right", "bytes")
         for number, edge in enumerate(metrics["edges"]):
             if number == len(parts):
                 parts.append({"from": edge, **dict.fromkeys(names, 0)})

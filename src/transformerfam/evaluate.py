@@ -333,11 +333,12 @@ def summarise(lines: Sequence[Line], metric: str) -> Summary | None:
 
     For `documents` every token weighs the same, for all else every question.
     """
-    answered = [line for line in lines if "metrics" in line]
+    answered = [line["metrics"] for line in lines if "metrics" in line]
+    answered = [metrics for metrics in answered if sum(metrics.get("scored", [1]))]
     if not answered:
         return None
-    values = [float(line["metrics"][metric]) for line in answered]
-    weights = [float(sum(line["metrics"].get("scored", [1]))) for line in answered]
+    values = [float(metrics[metric]) for metrics in answered]
+    weights = [float(sum(metrics.get("scored", [1]))) for metrics in answered]
     total = sum(weights)
     mean = sum(w * v for w, v in zip(weights, values, strict=True)) / total
     if len(values) == 1:

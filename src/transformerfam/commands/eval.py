@@ -150,7 +150,7 @@ def run(args: argparse.Namespace) -> int:
     began = time.monotonic()
     stopped = _ask_all(asks, results, progress)
     if process == 0:
-        print(_table(results.folder, cases, readers))
+        print(_tables(results.folder, cases, readers))
         took = report.duration(time.monotonic() - began)
         print(f"\n{args.output} holds every answer; asked for {took}")
     if stopped:
@@ -249,8 +249,21 @@ def _listed(tasks: Any) -> list[list[str]]:
     return [[name, task.about, task.source] for name, task in tasks.items()]
 
 
-def _table(folder: Path, cases: Sequence[Case], readers: Sequence[Reader]) -> str:
+def _tables(folder: Path, cases: Sequence[Case], readers: Sequence[Reader]) -> str:
+    """What was answered, and what was not: other processes may still be at it."""
     from transformerfam import answers, evaluate
 
     lines = evaluate.read_results(folder)[1]
-    return report.table(*answers.table_of(lines, cases, [reader.name for reader in readers]))
+    names = [reader.name for reader in readers]
+    shown = [report.table(*answers.table_of(lines, cases, names))]
+    for case in cases:
+        if case.task == "documents":
+            by_place = report.table(*answers.places_of(lines, case, names))
+            shown.append(f"{case.label}, perplexity / bits per byte by place\n{by_place}")
+    keys = {line["key"] for line in lines}
+    missing = sum(ask.key not in keys for ask in evaluate.plan(readers, cases))
+    if missing:
+        shown.append(
+            f"{missing:,} answers are still missing; the same command shows them all later."
+        )
+    return "\n\n".join(shown)

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from transformerfam.data.examples import BadRow, checked
+from transformerfam.data.hub import load_table
 from transformerfam.errors import UserError
 from transformerfam.extras import require
 
@@ -357,9 +358,8 @@ class _Table:
 
     @classmethod
     def from_hub(cls, name: str, split: str, text_column: str | None) -> _Table:
-        datasets = require("datasets", "train")
         try:
-            table = datasets.load_dataset(name, split=split)
+            table = load_table(name, split)
         except Exception as error:
             raise UserError(
                 f"There is no file or folder {name}, and no data set {name} with a split {split} "

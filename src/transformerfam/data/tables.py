@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from transformerfam.data.files import JSON_LINES, first_line
+from transformerfam.data.hub import load_table
 from transformerfam.errors import UserError
 from transformerfam.extras import require
 
@@ -22,7 +23,7 @@ def open_table(
 
     Args:
         path: a .jsonl or .parquet file.
-        hub: (name, configuration, split).
+        hub: (name, configuration, split), see `hub.load_table`.
 
     Raises:
         UserError: they cannot be read; for JSON lines with the line, when it is come to.
@@ -63,9 +64,8 @@ def _parquet(path: str) -> Iterator[Mapping[str, Any]]:
 
 
 def _from_hub(name: str, configuration: str | None, split: str) -> Iterator[Mapping[str, Any]]:
-    datasets = require("datasets", "train")
     try:
-        table = datasets.load_dataset(name, configuration, split=split)
+        table = load_table(name, split, configuration)
     except Exception as error:
         raise UserError(
             f"The data set {name} could not be loaded from the hub ({first_line(error)}); give a "

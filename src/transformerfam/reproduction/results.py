@@ -312,7 +312,8 @@ def _section(
     said += [report.markdown_table(header, rows), ""]
     if heading == _DOCUMENTS_HEADING:
         for case in cases:
-            said += [f"Perplexity of {case.label.removeprefix('documents ')} by place:", ""]
+            name = case.label.removeprefix("documents ")
+            said += [f"Perplexity / bits per byte of {name} by place:", ""]
             said += [report.markdown_table(*answers.places_of(lines, case, readers)), ""]
     if heading == _GPT3_HEADING and BASE in readers:
         said += [_got_worse(lines, cases), ""]

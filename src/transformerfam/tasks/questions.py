@@ -14,6 +14,7 @@ Knows models and memories; nothing of tasks, files and results.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -167,12 +168,12 @@ class Follow:
 
     Attributes:
         ids: the text.
-        nbytes: bytes of the text, for bits per byte.
+        nbytes: bytes of each part, for bits per byte.
         edges: first token of each part by which sums are kept, in ascending order from 0.
     """
 
     ids: Sequence[int]
-    nbytes: int
+    nbytes: Sequence[float]
     edges: Sequence[int]
     facts: Mapping[str, Any] = field(default_factory=dict)
 
@@ -182,7 +183,11 @@ class Follow:
         return len(self.ids)
 
     def ask(self, model: Any) -> Metrics:
-        """Over all `accuracy`, `loss` and `bits_per_byte`; by part sums `scored`, `nats`, `right`."""
+        """Over all `accuracy`, `loss` and `bits_per_byte`; by part sums.
+
+        By part `scored` tokens, their `nats`, how many were `right`, and its `bytes`; `edges` are as
+        given. A text of one token has nothing to score, and is 0 in all.
+        """
         parts = [0] * len(self.edges), [0.0] * len(self.edges), [0] * len(self.edges)
         scored, nats, right = parts
         edges = torch.tensor(self.edges)
@@ -194,11 +199,13 @@ class Follow:
                 scored[index] += int(here.sum())
                 nats[index] += float(chunk.losses[here].sum(dtype=torch.float64))
                 right[index] += int(chunk.hits[here].sum())
+        count = max(1, sum(scored))
         return {
-            "accuracy": sum(right) / sum(scored),
-            "loss": sum(nats) / sum(scored),
-            "bits_per_byte": sum(nats) / torch.log(torch.tensor(2.0)).item() / self.nbytes,
+            "accuracy": sum(right) / count,
+            "loss": sum(nats) / count,
+            "bits_per_byte": sum(nats) / math.log(2) / max(1.0, sum(self.nbytes)),
             "edges": list(self.edges),
+            "bytes": [round(n, 1) for n in self.nbytes],
             "scored": scored,
             "nats": nats,
             "right": right,
