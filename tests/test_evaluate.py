@@ -51,6 +51,20 @@ def test_readers_share_weights_and_differ_in_windows(model: Any) -> None:
         evaluate.readers(model, ["all"], full_limit=None)
 
 
+def test_rival_patterns_are_readers_by_name(model: Any) -> None:
+    names = ["longformer", "M2", "BigBird", "full attention", "m2"]
+    found = evaluate.readers(model, names, full_limit=99)
+    assert [r.name for r in found] == ["Longformer", "M2", "BigBird", "full attention"]
+    assert [r.config.attention for r in found] == ["longformer", "bswa", "bigbird", "full"]
+    assert all(r.config.block_size == 8 and not r.config.has_feedback for r in found)
+    assert [r.limit for r in found] == [None, None, 99, 99]
+    with pytest.raises(UserError, match="no reader RMT"):  # its memory would be an untrained one
+        evaluate.readers(model, ["RMT"], full_limit=None)
+    small = converted(CONFIG.replace(block_size=4))
+    with pytest.raises(UserError, match="Sparse Transformer does not go with this model"):
+        evaluate.readers(small, ["Sparse Transformer"], full_limit=None)
+
+
 def test_readers_that_cannot_differ_yet_are_asked_once(
     model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

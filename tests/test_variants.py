@@ -91,8 +91,10 @@ def test_what_does_not_go_is_told_by_name(fam: Run) -> None:
 
 def test_a_new_variant_is_a_line(fam: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """As CONTRIBUTING.md says."""
-    line = Variant("half FAM", "nobody", "half of the slots", {"fam_length": 32})
+    line = Variant("one slot", "nobody", "one slot for all of a block", {"fam_length": 1})
     monkeypatch.setattr(variants, "VARIANTS", (*VARIANTS, line))
+    test_its_settings_are_those_of_a_recipe(line)
+    test_it_reads_and_carries_the_bytes_that_are_counted(line)
     code, shown, err = fam("variants")
     assert (code, err) == (0, "")
-    assert "half FAM (nobody)\n  half of the slots\n  fam.fam_length=32\n  state" in shown
+    assert "one slot (nobody)\n  one slot for all of a block\n  fam.fam_length=1\n  state" in shown

@@ -28,6 +28,7 @@ from transformerfam.errors import UserError
 from transformerfam.files import append_line, whole_file
 from transformerfam.memory_file import fingerprint
 from transformerfam.tasks.cases import Case
+from transformerfam.variants import VARIANTS
 
 FORMAT = 1
 _ABOUT, _RESULTS = "about.json", "results-{:03d}.jsonl"
@@ -82,32 +83,46 @@ def readers(model: Any, names: Sequence[str], *, full_limit: int | None) -> list
     Args:
         model: a TransformerFAM.
         names: `model`: as it is. `bswa`: its windows, no feedback, no sinks. `sinks`: its windows
-            with sinks, no feedback (StreamingLLM). `full`: full attention, no feedback.
-        full_limit: longest stream that `full` is asked about; None: what the model was trained for.
+            with sinks, no feedback (StreamingLLM). `full`: full attention, no feedback. And those of
+            `variants.VARIANTS` that have no feedback, such as `Longformer`, in its blocks.
+        full_limit: longest stream that readers who keep every token are asked about; None: what the
+            model was trained for.
 
     Raises:
-        UserError: for another name.
+        UserError: for another name, or one that does not go with the model's blocks.
     """
-    windows = model.fam_config.without_feedback()
+    trained_for = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    found = {}
+    for name in names:
+        if name == "model":
+            found[name] = Reader(name, model)
+            continue
+        name, config = _windows_of(model.fam_config, name)
+        limit = (full_limit or trained_for) if config.keeps_everything else None
+        found[name] = Reader(name, twin(model, config), limit)
+    return list(found.values())
+
+
+def _windows_of(config: FamConfig, name: str) -> tuple[str, FamConfig]:
+    """A reader without feedback, as it is called, and its geometry in the blocks of `config`."""
+    windows = config.without_feedback()
+    if name == "full":
+        return name, windows.changed(attention="full")
     if windows.keeps_everything:
         windows = windows.changed(attention="bswa")
-    sinks = windows.sink_tokens or min(_SINKS, windows.block_size)
-    configs = {
-        "bswa": windows.replace(sink_tokens=0),
-        "sinks": windows.replace(sink_tokens=sinks),
-        "full": windows.changed(attention="full"),
-    }
-    trained_for = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    found = []
-    for name in dict.fromkeys(names):
-        if name == "model":
-            found.append(Reader(name, model))
-        elif name in configs:
-            limit = (full_limit or trained_for) if name == "full" else None
-            found.append(Reader(name, twin(model, configs[name]), limit))
-        else:
-            raise UserError(f"There is no reader {name}; there are {', '.join(READERS)}.")
-    return found
+    if name == "bswa":
+        return name, windows.replace(sink_tokens=0)
+    if name == "sinks":
+        sinks = windows.sink_tokens or min(_SINKS, windows.block_size)
+        return name, windows.replace(sink_tokens=sinks)
+    patterns = {v.name.lower(): v for v in VARIANTS if v.fam.get("fam_length") == 0}
+    if (variant := patterns.get(name.lower())) is None:
+        known = [*READERS, *(v.name for v in patterns.values())]
+        raise UserError(f"There is no reader {name}; there are {', '.join(known)}.")
+    try:
+        return variant.name, variant.config(windows)
+    except ValueError as error:
+        raise UserError(f"{variant.name} does not go with this model: {error}") from None
 
 
 @dataclass(frozen=True)

@@ -62,7 +62,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME,...",
         default="model",
         help="who is asked: model (as it is), bswa (its windows alone), sinks (its windows with "
-        "sinks), full (full attention) (default: %(default)s)",
+        "sinks), full (full attention), or a variant of fam variants that has no feedback, such as "
+        "Longformer or M2 (default: %(default)s)",
     )
     _add_questions(parser)
     parser.add_argument(
