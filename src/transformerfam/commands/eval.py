@@ -142,6 +142,8 @@ def run(args: argparse.Namespace) -> int:
     from transformerfam import evaluate
     from transformerfam.commands import _session
 
+    if args.device == "cuda" and processes > 1:
+        args.device = f"cuda:{os.environ.get('LOCAL_RANK', process)}"  # each has its own
     session = _session.open_session(args, progress)
     wanted = _wanted(args, session.tokenizer)
     cases = [case for name in names for case in TASKS[name].cases(wanted)]

@@ -25,6 +25,7 @@ from transformerfam.text import start_tokens
 
 VERSION = 1
 _MOST_NEW_TOKENS = 24
+_PUNCTUATION = frozenset(string.punctuation + "‘’´")
 
 # Row of table 12 -> task of lm-evaluation-harness. Its `race` is RACE-H; RACE-M it has not. The table's
 # Winograd is `gpt3-winograd` here.
@@ -131,7 +132,7 @@ def _exact_match(answers: Sequence[str], said: str) -> Metrics:
 
 def _plain(text: str) -> str:
     """Without case, punctuation, articles and blanks that are more than one."""
-    bare = "".join(" " if c in string.punctuation else c for c in text.lower())
+    bare = "".join(" " if c in _PUNCTUATION else c for c in text.lower())
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", bare).split())
 
 
