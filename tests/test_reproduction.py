@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from test_text import TOKENIZERS
 
 from transformerfam import FamConfig, cli, convert
+from transformerfam.commands import reproduce
 from transformerfam.errors import UserError
 from transformerfam.reproduction import experiment, machine, page, results, scales, toy, toy_text
 from transformerfam.reproduction.experiment import Experiment, Planned, Shape, Variant
@@ -488,6 +489,16 @@ def test_figure_11_shows_what_queries_look_at(
     text = (tmp_path / "figure11.md").read_text()
     assert (tmp_path / "figure11.png").read_bytes()[:4] == b"\x89PNG"
     assert "nothing trained" in text and "| layer | read from FAM |" in text
+    assert "- That block queries read FAM throughout **" in text
+
+
+def test_what_a_figure_shows_in_some_layers_is_open() -> None:
+    for values, said in (
+        ([0.3, 0.4], "**held**"),
+        ([0.1, 0.4], "**is open (1 of 2 layers)**"),
+        ([0.1, 0.2], "**did not hold**"),
+    ):
+        assert machine._in_layers(values, 0.2).startswith(said)
 
 
 def test_a_folder_that_cannot_be_written_to_is_refused_before_anything_is_trained(
@@ -534,6 +545,16 @@ def test_what_an_item_has_no_use_for_is_refused(
         name, "table1"
     )
     assert not list(tmp_path.iterdir())
+
+
+def test_what_an_item_has_use_for_is_not_refused() -> None:
+    used = {
+        "figure11": "--adapter",
+        "table13": "--lengths",
+        "table2": "--data",
+        "table5": "--seeds",
+    }
+    assert all(option not in reproduce._unused(name) for name, option in used.items())
 
 
 def test_a_page_that_the_paper_shows_in_two_places_is_one(

@@ -234,7 +234,7 @@ def _unused(name: str) -> set[str]:
     if name in results.ITEMS:
         return training
     own = {"--lengths"} if name in WITH_LENGTHS else {"--adapter"} if name == "figure11" else set()
-    return training | asking | {"--lengths"} - own
+    return (training | asking | {"--lengths"}) - own
 
 
 def _refuse_unused(name: str, args: argparse.Namespace) -> None:

@@ -69,18 +69,17 @@ def figure11(making: Making) -> Page:
     picture = making.folder / "figure11.png"
     draw_attention_maps(picture, found)
     B = found.config.block_size
-    rows = []
+    read, last, few = [], [], []
     for layer in found.layers:
         block = layer.written_by_slot[-B:]
-        few = block.sort(0, descending=True).values[: B // 10].sum(0) / block.sum(0)
-        rows.append(
-            [
-                str(layer.layer),
-                f"{layer.shares[B:, 2].mean():.3f}",
-                f"{layer.shares[-B:, 2].mean():.3f}",
-                f"{few.mean():.2f}",
-            ]
-        )
+        picked = block.sort(0, descending=True).values[: B // 10].sum(0) / block.sum(0)
+        read.append(float(layer.shares[B:, 2].mean()))
+        last.append(float(layer.shares[-B:, 2].mean()))
+        few.append(float(picked.mean()))
+    rows = [
+        [str(layer.layer), f"{r:.3f}", f"{in_last:.3f}", f"{f:.2f}"]
+        for layer, r, in_last, f in zip(found.layers, read, last, few, strict=True)
+    ]
     header = ["layer", "read from FAM", "in the last block", "by a tenth of the block's tokens"]
     page = Page(
         "figure11", ["# Figure 11: attention maps with FAM", "", f"    {making.command}", ""]
@@ -89,8 +88,15 @@ def figure11(making: Making) -> Page:
     page.lines += [
         f"SmolLM2-135M-Instruct, {'trained' if adapter else 'nothing trained'}, reads {len(ids):,} "
         f"tokens of the Python language reference in blocks of {B:,} with {found.config.fam_length} "
-        "feedback slots. The paper: block queries read FAM throughout; FAM queries pick few block "
-        "positions.",
+        "feedback slots.",
+        "",
+        "## What held here",
+        "",
+        f"- That block queries read FAM throughout {_in_layers(read, 0.01)}: it gets {min(read):.3f} to "
+        f"{max(read):.3f} of their attention; more than a hundredth counts.",
+        f"- That FAM queries pick few block positions {_in_layers(few, 0.2)}: the tenth of a block's "
+        f"tokens that gets most gets {min(few):.2f} to {max(few):.2f} of what they give to the block; "
+        "more than a fifth counts.",
         "",
         f"![Attention maps]({picture.name})",
         "",
@@ -100,6 +106,14 @@ def figure11(making: Making) -> Page:
         report.markdown_table(header, rows),
     ]
     return page
+
+
+def _in_layers(values: list[float], least: float) -> str:
+    """Whether something that the paper shows is so in all layers that were looked at."""
+    count = sum(value > least for value in values)
+    if 0 < count < len(values):
+        return f"**is open ({count} of {len(values)} layers)**"
+    return "**held**, as in the paper" if count else "**did not hold**, other than in the paper"
 
 
 def table3(making: Making) -> Page:

@@ -222,7 +222,7 @@ def item_page(name: str, item: Item, found: Found, command: str, folder: Path) -
 def _how(its: Experiment, found: Found) -> str:
     seconds = [result["seconds"] for _, result in found]
     # Runs that were suspended, or shared their core, would pull a mean.
-    took = f"{report.duration(statistics.median(seconds))} a run in the middle"
+    took = f"{report.duration(statistics.median(seconds))} a run (the median)"
     steps = ", ".join(map(str, sorted({planned.run["steps"] for planned, _ in found})))
     shape = its.shape
     if its.unit == "tokens":
