@@ -547,6 +547,15 @@ def test_what_an_item_has_no_use_for_is_refused(
     assert not list(tmp_path.iterdir())
 
 
+def test_time_by_length_is_judged_and_has_its_quartiles() -> None:
+    assert machine._quartiles([3.0]) == (3.0, 3.0, 3.0)
+    assert machine._quartiles([1.0, 2.0, 3.0, 4.0, 5.0]) == (2.0, 3.0, 4.0)
+    said = "\n".join(machine._cheaper_with_length([10, 20], [1.2, 1.1]))
+    assert "**held**, as in the paper: 1.20 times its time at 10 tokens, 1.10 at 20." in said
+    assert "**did not hold**" in "\n".join(machine._cheaper_with_length([10, 20], [1.1, 1.1]))
+    assert machine._cheaper_with_length([10], [1.1]) == []
+
+
 def test_what_an_item_has_use_for_is_not_refused() -> None:
     used = {
         "figure11": "--adapter",
