@@ -448,9 +448,11 @@ def test_real_data_makes_one_page_and_is_not_asked_twice(
 ) -> None:
     argv = ["reproduce", "results", "--data", str(data), "--samples", "1", "--lengths", "160"]
     argv += ["--adapter", "shipped", "--out", str(tmp_path / "out")]
+    (data / "about.txt").write_text("One day, by the sea.\n")
     assert cli.main(argv) == 0
     capsys.readouterr()
     text = (tmp_path / "out" / "results.md").read_text()
+    assert "\n\nOne day, by the sea.\n\n" in text
     for heading in results.GROUPS:
         assert f"## {heading}" in text
     assert "| task | metric | model | bswa | sinks | full | base |" in text

@@ -276,7 +276,7 @@ def _results(name: str, args: argparse.Namespace, folder: Path, command: str) ->
     for done, count, asked, _ in results.ask(model, base, cases, kept):
         progress.update(f"{done:,}/{count:,}   {answers.named(asked.case)}, {asked.reader.name}")
     lines = evaluate.read_results(kept)[1]
-    about = results.describe(model, args.adapter)
+    about = results.describe(model, args.adapter, Path(args.data))
     return results.results_page(name, groups, lines, command, about, folder)
 
 

@@ -365,11 +365,13 @@ def _got_worse(lines: Sequence[evaluate.Line], cases: Sequence[Case]) -> str:
     return f"Worse than `base` by more than a standard error: {', '.join(worse)}."
 
 
-def describe(model: Any, adapter: str | None) -> str:
-    """Who is asked, in a sentence."""
+def describe(model: Any, adapter: str | None, data: Path) -> str:
+    """Who is asked, in a sentence, and what `data/about.txt` says of the data, if it is there."""
+    about = data / "about.txt"
+    told = f"\n\n{about.read_text(encoding='utf-8').strip()}" if about.is_file() else ""
     with_adapter = f" with the adapter {adapter}" if adapter else ", nothing trained"
     return (
         f"{Path(str(model.config._name_or_path)).name}{with_adapter}: {model.fam_config.describe()}. "
         "Texts of one block are read alike by all readers of the same weights: the first block sees no "
-        "FAM, and lies in every window."
+        f"FAM, and lies in every window.{told}"
     )
