@@ -368,7 +368,11 @@ def _got_worse(lines: Sequence[evaluate.Line], cases: Sequence[Case]) -> str:
 def describe(model: Any, adapter: str | None, data: Path) -> str:
     """Who is asked, in a sentence, and what `data/about.txt` says of the data, if it is there."""
     about = data / "about.txt"
-    told = f"\n\n{about.read_text(encoding='utf-8').strip()}" if about.is_file() else ""
+    told = (
+        f"\n\n{about.read_text(encoding='utf-8', errors='replace').strip()}"
+        if about.is_file()
+        else ""
+    )
     with_adapter = f" with the adapter {adapter}" if adapter else ", nothing trained"
     return (
         f"{Path(str(model.config._name_or_path)).name}{with_adapter}: {model.fam_config.describe()}. "
