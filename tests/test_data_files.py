@@ -293,10 +293,10 @@ def test_data_sets_of_the_hub_that_are_programs_are_read_from_what_it_made_of_th
 
     monkeypatch.setattr(datasets, "load_dataset", load)
     assert load_table("ann/news", "test", "welsh") == "ann/news"
-    converted = {"split": "test", "revision": "refs/convert/parquet"}
+    converted = {"data_dir": "welsh", "split": "test", "revision": "refs/convert/parquet"}
     assert asked == [
         ("ann/news", "welsh", {"split": "test"}),
-        ("ann/news", "welsh", converted),
+        ("ann/news", None, converted),
     ]
     url = SOURCES["qasper"].hub
     assert url is not None and load_table(url[0], url[2], url[1]) == "json"

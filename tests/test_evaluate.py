@@ -17,6 +17,7 @@ from families import converted, some_tokens, tiny
 from transformerfam import FamConfig, conversion, evaluate
 from transformerfam.answers import panels_of, places_of, summaries
 from transformerfam.errors import UserError
+from transformerfam.readers import Reader, readers_of
 from transformerfam.tasks.cases import Case
 from transformerfam.tasks.questions import Recite
 
@@ -37,7 +38,7 @@ def case(length: int = 20, count: int = 3) -> Case:
 
 
 def test_readers_share_weights_and_differ_in_windows(model: Any) -> None:
-    found = evaluate.readers(model, ["model", "bswa", "sinks", "full"], full_limit=None)
+    found = readers_of(model, ["model", "bswa", "sinks", "full"], full_limit=None)
     assert [r.name for r in found] == ["model", "bswa", "sinks", "full"]
     assert all(r.model.lm_head.weight is model.lm_head.weight for r in found)
     assert found[1].config == CONFIG.without_feedback()
@@ -48,28 +49,31 @@ def test_readers_share_weights_and_differ_in_windows(model: Any) -> None:
         expected = tiny()(ids).logits
         torch.testing.assert_close(found[3].model(ids).logits, expected, atol=1e-5, rtol=0)
     with pytest.raises(UserError, match="no reader all; there are model, bswa"):
-        evaluate.readers(model, ["all"], full_limit=None)
+        readers_of(model, ["all"], full_limit=None)
 
 
 def test_rival_patterns_are_readers_by_name(model: Any) -> None:
-    names = ["longformer", "M2", "BigBird", "full attention", "m2"]
-    found = evaluate.readers(model, names, full_limit=99)
+    names = ["longformer", " M2", "BigBird", "full attention", "m2"]
+    found = readers_of(model, names, full_limit=99)
     assert [r.name for r in found] == ["Longformer", "M2", "BigBird", "full attention"]
     assert [r.config.attention for r in found] == ["longformer", "bswa", "bigbird", "full"]
     assert all(r.config.block_size == 8 and not r.config.has_feedback for r in found)
     assert [r.limit for r in found] == [None, None, 99, 99]
-    with pytest.raises(UserError, match="no reader RMT"):  # its memory would be an untrained one
-        evaluate.readers(model, ["RMT"], full_limit=None)
+    for name in ("RMT", "FM2", "prefix", "M1_SG"):  # untrained memories; what differs in training
+        with pytest.raises(UserError, match=f"no reader {name}; there are .*Longformer"):
+            readers_of(model, [name], full_limit=None)
+    xl = converted(CONFIG.changed(attention="xl", fam_length=0))
+    assert readers_of(xl, ["M2"], full_limit=None)[0].config.attention == "bswa"
     small = converted(CONFIG.replace(block_size=4))
     with pytest.raises(UserError, match="Sparse Transformer does not go with this model"):
-        evaluate.readers(small, ["Sparse Transformer"], full_limit=None)
+        readers_of(small, ["Sparse Transformer"], full_limit=None)
 
 
 def test_readers_that_cannot_differ_yet_are_asked_once(
     model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    readers = evaluate.readers(model, ["model", "bswa", "sinks", "full"], full_limit=None)
-    other = evaluate.Reader("other", converted(FamConfig(attention="full", fam_length=0), seed=1))
+    readers = readers_of(model, ["model", "bswa", "sinks", "full"], full_limit=None)
+    other = Reader("other", converted(FamConfig(attention="full", fam_length=0), seed=1))
     asked: list[Any] = []
     ask = Recite.ask
 
@@ -93,7 +97,7 @@ def test_readers_that_cannot_differ_yet_are_asked_once(
 
 
 def test_an_adapter_makes_other_weights(model: Any) -> None:
-    twins = [evaluate.Reader(n, conversion.twin(model, CONFIG)) for n in ("model", "adapted")]
+    twins = [Reader(n, conversion.twin(model, CONFIG)) for n in ("model", "adapted")]
     assert twins[0].same_as(twins[1], 8) and not twins[0].same_as(twins[1], 9)
     peft.get_peft_model(twins[1].model, peft.LoraConfig(target_modules=["q_proj"]))
     assert not twins[0].same_as(twins[1], 8)
@@ -101,7 +105,7 @@ def test_an_adapter_makes_other_weights(model: Any) -> None:
 
 @pytest.mark.parametrize("processes", [1, 2, 3])
 def test_processes_share_questions_and_not_readers(model: Any, processes: int) -> None:
-    readers = evaluate.readers(model, ["model", "full"], full_limit=None)
+    readers = readers_of(model, ["model", "full"], full_limit=None)
     cases = [case(), case(length=40, count=2)]
     parts = [evaluate.plan(readers, cases, n, processes) for n in range(processes)]
     keys = [ask.key for part in parts for ask in part]
@@ -112,7 +116,7 @@ def test_processes_share_questions_and_not_readers(model: Any, processes: int) -
 
 
 def test_what_was_asked_is_kept_and_not_asked_again(model: Any, tmp_path: Path) -> None:
-    readers = evaluate.readers(model, ["model", "full"], full_limit=25)
+    readers = readers_of(model, ["model", "full"], full_limit=25)
     asks = evaluate.plan(readers, [case(), case(length=40)])
     results = evaluate.Results(tmp_path, readers, seed=0)
     begun = evaluate.evaluate(asks, results)
@@ -134,10 +138,10 @@ def test_what_was_asked_is_kept_and_not_asked_again(model: Any, tmp_path: Path) 
 
 
 def test_what_was_too_long_is_asked_once_it_may_be_longer(model: Any, tmp_path: Path) -> None:
-    for limit, left in ((25, 6), (30, 0), (50, 3), (50, 0)):
-        readers = evaluate.readers(model, ["full"], full_limit=limit)
+    for limit, left, process in ((25, 6, 1), (30, 0, 0), (50, 3, 0), (50, 0, 0)):
+        readers = readers_of(model, ["full"], full_limit=limit)
         asks = evaluate.plan(readers, [case(), case(length=40)])
-        results = evaluate.Results(tmp_path, readers, seed=0)
+        results = evaluate.Results(tmp_path, readers, seed=0, process=process)
         assert len(list(evaluate.evaluate(asks, results))) == left
     _, lines = evaluate.read_results(tmp_path)
     assert all("metrics" in line for line in lines) and len(lines) == 6
@@ -149,10 +153,17 @@ def test_another_memory_over_the_same_weights_is_another_model(model: Any, tmp_p
     with torch.no_grad():
         other.model.fam_prompt.weight[0, 0] += 1
     assert evaluate.weights_of(other) != before == evaluate.weights_of(copy.deepcopy(model))
+    for names in (["bswa"], ["model", "bswa"], ["full", "model"]):  # readers are added in any order
+        evaluate.Results(tmp_path, readers_of(model, names, full_limit=None), seed=0)
+
+
+def test_a_process_that_comes_first_finds_nothing_done(model: Any, tmp_path: Path) -> None:
+    readers = readers_of(model, ["model"], full_limit=None)
+    assert evaluate.Results(tmp_path, readers, seed=0, process=1).done == set()
 
 
 def test_processes_share_a_folder(model: Any, tmp_path: Path) -> None:
-    readers = evaluate.readers(model, ["model"], full_limit=None)
+    readers = readers_of(model, ["model"], full_limit=None)
     asks = evaluate.plan(readers, [case(count=5)])
     for process in range(2):
         results = evaluate.Results(tmp_path, readers, seed=0, process=process)
@@ -171,7 +182,7 @@ def test_processes_share_a_folder(model: Any, tmp_path: Path) -> None:
 
 
 def test_results_of_an_older_version_are_gone_on_with(model: Any, tmp_path: Path) -> None:
-    readers = evaluate.readers(model, ["model"], full_limit=None)
+    readers = readers_of(model, ["model"], full_limit=None)
     evaluate.Results(tmp_path, readers, seed=0)
     about = json.loads((tmp_path / "about.json").read_text())
     del about["readers"]["model"]["adapted"]  # a field that came later
@@ -184,17 +195,15 @@ def test_results_of_an_older_version_are_gone_on_with(model: Any, tmp_path: Path
 
 
 def test_results_of_something_else_are_not_mixed(model: Any, tmp_path: Path) -> None:
-    evaluate.Results(tmp_path, evaluate.readers(model, ["model"], full_limit=None), seed=0)
-    other = evaluate.readers(converted(CONFIG, seed=1), ["model"], full_limit=None)
+    evaluate.Results(tmp_path, readers_of(model, ["model"], full_limit=None), seed=0)
+    other = readers_of(converted(CONFIG, seed=1), ["model"], full_limit=None)
     with pytest.raises(UserError, match="holds results of another model; choose another"):
         evaluate.Results(tmp_path, other, seed=0)
-    windows = evaluate.readers(
-        converted(CONFIG.replace(memory_segments=2)), ["model"], full_limit=None
-    )
+    windows = readers_of(converted(CONFIG.replace(memory_segments=2)), ["model"], full_limit=None)
     with pytest.raises(UserError, match="another geometry of the reader model"):
         evaluate.Results(tmp_path, windows, seed=0)
     with pytest.raises(UserError, match="another seed"):
-        evaluate.Results(tmp_path, evaluate.readers(model, ["model"], full_limit=None), seed=1)
+        evaluate.Results(tmp_path, readers_of(model, ["model"], full_limit=None), seed=1)
 
 
 def test_a_summary_is_the_mean_and_its_standard_error() -> None:
@@ -289,9 +298,23 @@ def test_a_figure_has_a_panel_a_task_and_a_curve_a_reader() -> None:
             **{"nats": [1, 1], "bytes": [40, 40]},
         },
     }
-    ((title, documents),) = panels_of([followed, followed]).items()
+    old = {**followed, "metrics": {**followed["metrics"]}}
+    del old["metrics"]["bytes"]  # of the task's first version
+    ((title, documents),) = panels_of([followed, followed, old]).items()
     assert title == "passkey x: tokens predicted right, by place"
     assert (list(documents[0].x), list(documents[0].y)) == ([512, 1536], [0.5, 1.0])
+
+
+def test_answers_about_other_texts_are_other_panels() -> None:
+    lines = [result(100, 1.0), result(100, 0.0, number=1)]
+    lines[0]["setting"] = {"length": 100, "filler": "aa", "data": "x/babi"}
+    lines[1]["setting"] = {"length": 100, "filler": "aa"}
+    assert list(panels_of(lines)) == ["passkey babi: exact", "passkey: exact"]
+    lines[1]["setting"]["filler"] = "bb"
+    assert list(panels_of(lines)) == [
+        "passkey babi (filler aa): exact",
+        "passkey (filler bb): exact",
+    ]
 
 
 def test_documents_are_summed_up_by_place_for_each_reader() -> None:
@@ -326,12 +349,27 @@ def test_documents_are_summed_up_by_place_for_each_reader() -> None:
     assert (full["reader"], full["count"], full["length"]) == ("full", 1, None)
 
 
+def test_one_of_several_processes_tells_what_is_missing(
+    fam: Run, folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["eval", folder, "--tasks", "passkey", "--lengths", "300", "--samples", "3", "--quiet"]
+    words += ["--output", str(tmp_path / "out")]
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    code, shown, _ = fam(*words)
+    assert code == 0 and "lacks 1 of 3 answers; the same command shows them later" in shown
+    monkeypatch.setenv("RANK", "1")
+    assert fam(*words) == (0, "", "")
+    monkeypatch.setenv("RANK", "0")
+    assert "holds every answer" in fam(*words)[1]
+
+
 def test_the_command_draws_what_was_found(
     fam: Run, model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     refused(fam("plot"), "holds no results")
-    evaluate.Results(tmp_path / "eval", evaluate.readers(model, ["model"], full_limit=None), seed=0)
+    evaluate.Results(tmp_path / "eval", readers_of(model, ["model"], full_limit=None), seed=0)
     refused(fam("plot"), "nothing to draw")
     lines = [json.dumps(result(n, 1.0)) for n in (100, 200)]
     (tmp_path / "eval" / "results-000.jsonl").write_text("\n".join(lines) + "\n")

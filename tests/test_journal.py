@@ -132,9 +132,16 @@ def test_the_time_left_is_smoothed_over_steps() -> None:
     keep(journal, range(100, 101), seconds=1.0)
     assert "15 min 00 s left" in stream.getvalue()
     journal.step(101, loss=None, rate=0.1, grad_norm=None, tokens=1, seconds=11.0)
-    journal.progress.update(journal._line(101, None, None, None), now=True)
+    journal.progress.update(journal._line(101, None, None, None, None), now=True)
     # One step of 11 s makes the mean 2 s, not 6 s.
     assert stream.getvalue().endswith("step 101/1,000   loss –   29 min 58 s left\n")
+
+
+@pytest.mark.parametrize(("most", "shown"), [(61.0, "1 min 01 s"), (-2.0, "0"), (1e6, "15 min")])
+def test_the_time_left_is_no_more_than_the_run_may_take(most: float, shown: str) -> None:
+    stream = io.StringIO()
+    keep(Journal(None, steps=1000, stream=stream), range(100, 101), seconds=1.0, most_left=most)
+    assert f"{shown}" in stream.getvalue().partition("tokens/s")[2]
 
 
 def test_the_last_step_is_always_shown_and_probes_stay() -> None:

@@ -35,7 +35,7 @@ ORDER = [
     *("modules", "probe", "layer", "modeling", "auto", "conversion", "embedded", "models"),
     *("text", "stream", "turns", "data", "plots", "benchmark"),
     *("inspection", "inspection_page", "attention_maps"),
-    *("tasks", "evaluate", "answers", "training", "reproduction"),
+    *("tasks", "readers", "evaluate", "answers", "training", "reproduction"),
     *("commands", "cli", "harness", "__main__"),
 ]
 

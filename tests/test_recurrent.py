@@ -19,10 +19,11 @@ from families import VOCABULARY, converted, some_tokens, tiny
 from oracle import make_exact
 from torch import Tensor
 
-from transformerfam import FamConfig, Memory, convert, evaluate
+from transformerfam import FamConfig, Memory, convert
 from transformerfam.auxiliary import FeedbackLosses
 from transformerfam.conversion import reconfigure
 from transformerfam.data.examples import Example
+from transformerfam.readers import readers_of
 from transformerfam.stream import absorb, generate, read
 from transformerfam.tasks.questions import Recite
 from transformerfam.training.adaptation import adapt
@@ -331,7 +332,7 @@ def test_a_model_is_saved_loaded_and_read_with_its_windows(kind: str, tmp_path: 
     ids = some_tokens(1, T)
     with torch.no_grad():
         assert torch.equal(loaded(ids).logits, model(ids).logits)
-    windows = evaluate.readers(model, ["model", "bswa", "sinks", "full"], full_limit=None)
+    windows = readers_of(model, ["model", "bswa", "sinks", "full"], full_limit=None)
     assert [r.config.recurrence for r in windows] == [kind, "layer", "layer", "layer"]
 
 

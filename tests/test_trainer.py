@@ -307,7 +307,7 @@ def test_a_run_ends_with_its_time_and_may_be_given_more(tmp_path: Path) -> None:
     assert (tmp_path / "timed" / "adapter_model.safetensors").exists()
     again = run(short, resume=True)  # its time was up before
     assert (again.steps, again.losses) == (1, [])
-    longer = run(recipe(tmp_path / "timed", run={"steps": 3}), resume=True)
+    longer = run(recipe(tmp_path / "timed", run={"steps": 3, "minutes": 9}), resume=True)
     assert longer.losses == whole.losses[1:]
 
 

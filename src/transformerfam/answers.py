@@ -91,10 +91,15 @@ def _by_part(part: dict[str, Any] | None) -> str:
     return f"{perplexity} / {bits:.3f}"
 
 
+def _has_places(line: Line) -> bool:
+    """Whether it holds sums by place; those of the task's first version had no bytes."""
+    return "bytes" in line.get("metrics", {})
+
+
 def _parts(lines: Sequence[Line]) -> list[dict[str, Any]]:
     """Sums over documents for each part of one: `from`, `scored`, `nats`, `right`, `bytes`."""
     parts: list[dict[str, Any]] = []
-    for metrics in (line["metrics"] for line in lines if "edges" in line.get("metrics", {})):
+    for metrics in (line["metrics"] for line in lines if _has_places(line)):
         names = ("scored", "nats", "right", "bytes")
         for number, edge in enumerate(metrics["edges"]):
             if number == len(parts):
@@ -106,14 +111,15 @@ def _parts(lines: Sequence[Line]) -> list[dict[str, Any]]:
 
 def panels_of(lines: Sequence[Line]) -> dict[str, list[Curve]]:
     """Title -> curves, for what has an axis."""
+    several = len({line["setting"].get("filler") for line in lines} - {None}) > 1
     by_length: dict[str, dict[str, dict[int, list[Line]]]] = {}
     by_place: dict[str, dict[str, list[Line]]] = {}
     for line in lines:
         if "length" in line["setting"]:
-            title = f"{line['task']}: {line['metric']}"
+            title = f"{_hidden(line, several)}: {line['metric']}"
             reader = by_length.setdefault(title, {}).setdefault(line["reader"], {})
             reader.setdefault(line["setting"]["length"], []).append(line)
-        elif "edges" in line.get("metrics", {}):
+        elif _has_places(line):
             by_place.setdefault(_documents(line), {}).setdefault(line["reader"], []).append(line)
     panels = {
         title: [c for name, found in readers.items() if (c := _by_length(name, found)) is not None]
@@ -126,6 +132,14 @@ def panels_of(lines: Sequence[Line]) -> dict[str, list[Curve]]:
         for title, readers in by_place.items()
     }
     return {title: curves for title, curves in panels.items() if curves}
+
+
+def _hidden(line: Line, several: bool) -> str:
+    """What is hidden in which texts; fillers have no names and are told apart by their marks."""
+    setting = line["setting"]
+    data = [data_name(Path(setting["data"]))] if "data" in setting else []
+    mark = [f"(filler {setting['filler']})"] if several and "filler" in setting else []
+    return " ".join([line["task"], *data, *mark])
 
 
 def _documents(line: Line) -> str:

@@ -1,7 +1,6 @@
-"""Put tasks to readers of one model, and keep every answer as a line of a file.
+"""Put tasks to readers of one model (`readers`), and keep every answer as a line of a file.
 
-A *reader* is the model under a geometry: as it is, or with other windows and the same weights. A
-results folder belongs to one model and one seed; what is in it is not asked again, so an evaluation
+A results folder belongs to one model and one seed; what is in it is not asked again, so an evaluation
 that was stopped goes on where it was. Several processes share the questions, each with a file of its
 own. Prints nothing.
 """
@@ -27,102 +26,13 @@ from transformerfam.conversion import twin
 from transformerfam.errors import UserError
 from transformerfam.files import append_line, whole_file
 from transformerfam.memory_file import fingerprint
+from transformerfam.readers import Reader
 from transformerfam.tasks.cases import Case
-from transformerfam.variants import VARIANTS
 
 FORMAT = 1
 _ABOUT, _RESULTS = "about.json", "results-{:03d}.jsonl"
-_SINKS = 4
 
 Line = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Reader:
-    """A model under one geometry.
-
-    Attributes:
-        name: what it is called in results.
-        model: a TransformerFAM.
-        limit: it is not asked about longer streams; None: about all.
-    """
-
-    name: str
-    model: Any
-    limit: int | None = None
-
-    @property
-    def config(self) -> FamConfig:
-        """Its geometry."""
-        config: FamConfig = self.model.fam_config
-        return config
-
-    def same_as(self, other: Reader, tokens: int) -> bool:
-        """Whether both read so many tokens alike: the same weights, and no memory needed yet."""
-        plain = (each.config.plain_length for each in (self, other))
-        if any(n is not None and tokens > n for n in plain):
-            return False
-        return _weights_as_objects(self.model) == _weights_as_objects(other.model)
-
-
-def _weights_as_objects(model: Any) -> dict[str, int]:
-    """Parameter -> the tensor it is; not of modules that only a memory uses."""
-    return {
-        name: id(tensor)
-        for name, tensor in model.named_parameters()
-        if not any(module in name for module in ADDED_MODULES)
-    }
-
-
-READERS = ("model", "bswa", "sinks", "full")
-
-
-def readers(model: Any, names: Sequence[str], *, full_limit: int | None) -> list[Reader]:
-    """Readers of the same weights by name.
-
-    Args:
-        model: a TransformerFAM.
-        names: `model`: as it is. `bswa`: its windows, no feedback, no sinks. `sinks`: its windows
-            with sinks, no feedback (StreamingLLM). `full`: full attention, no feedback. And those of
-            `variants.VARIANTS` that have no feedback, such as `Longformer`, in its blocks.
-        full_limit: longest stream that readers who keep every token are asked about; None: what the
-            model was trained for.
-
-    Raises:
-        UserError: for another name, or one that does not go with the model's blocks.
-    """
-    trained_for = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    found = {}
-    for name in names:
-        if name == "model":
-            found[name] = Reader(name, model)
-            continue
-        name, config = _windows_of(model.fam_config, name)
-        limit = (full_limit or trained_for) if config.keeps_everything else None
-        found[name] = Reader(name, twin(model, config), limit)
-    return list(found.values())
-
-
-def _windows_of(config: FamConfig, name: str) -> tuple[str, FamConfig]:
-    """A reader without feedback, as it is called, and its geometry in the blocks of `config`."""
-    windows = config.without_feedback()
-    if name == "full":
-        return name, windows.changed(attention="full")
-    if windows.keeps_everything:
-        windows = windows.changed(attention="bswa")
-    if name == "bswa":
-        return name, windows.replace(sink_tokens=0)
-    if name == "sinks":
-        sinks = windows.sink_tokens or min(_SINKS, windows.block_size)
-        return name, windows.replace(sink_tokens=sinks)
-    patterns = {v.name.lower(): v for v in VARIANTS if v.fam.get("fam_length") == 0}
-    if (variant := patterns.get(name.lower())) is None:
-        known = [*READERS, *(v.name for v in patterns.values())]
-        raise UserError(f"There is no reader {name}; there are {', '.join(known)}.")
-    try:
-        return variant.name, variant.config(windows)
-    except ValueError as error:
-        raise UserError(f"{variant.name} does not go with this model: {error}") from None
 
 
 @dataclass(frozen=True)
@@ -183,7 +93,9 @@ class Results:
             with whole_file(folder / _ABOUT) as beside:
                 beside.write_text(json.dumps(merged, indent=2) + "\n")
         limits = {reader.name: reader.limit for reader in readers}
-        self.done = {line["key"] for line in read_results(folder)[1] if _is_done(line, limits)}
+        # Another process may come to a new folder before the first has said what it is about.
+        lines = read_results(folder)[1] if _read_about(folder) else []
+        self.done = {line["key"] for line in lines if _is_done(line, limits)}
 
     def add(self, ask: Ask, line: Line) -> None:
         """Keep one answer; it is on the disk when this returns."""
@@ -256,7 +168,8 @@ def read_results(folder: Path) -> tuple[dict[str, Any], list[Line]]:
         for text in file.read_text(encoding="utf-8").splitlines():
             try:
                 line = json.loads(text)
-                lines[line["key"]] = line
+                if "skipped" not in line or line["key"] not in lines:
+                    lines[line["key"]] = line
             except (ValueError, KeyError, TypeError):
                 continue  # cut short when its writer was killed
     return about, list(lines.values())
@@ -284,10 +197,10 @@ def _software() -> dict[str, str]:
 
 
 def weights_of(model: Any) -> str:
-    """A fingerprint of the weights, those of the memory among them, whatever the windows."""
+    """A fingerprint of the weights, those of a memory among them, whatever the geometry."""
     digest = hashlib.sha256(fingerprint(twin(model, model.fam_config.without_feedback())).encode())
     for name, tensor in sorted(model.named_parameters()):
-        if any(module in name for module in model.fam_config.added_modules):
+        if any(module in name for module in ADDED_MODULES):  # windows have them too, and do not ask
             digest.update(tensor.detach().to("cpu", torch.float64).numpy().tobytes())
     return digest.hexdigest()
 

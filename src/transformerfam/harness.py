@@ -25,10 +25,10 @@ from transformerfam.commands._options import changed
 from transformerfam.config import FamConfig
 from transformerfam.conversion import is_transformerfam, twin
 from transformerfam.errors import UserError
-from transformerfam.evaluate import readers
 from transformerfam.extras import require
 from transformerfam.memory import Memory
 from transformerfam.models import EMBEDDED, is_trained, load
+from transformerfam.readers import readers_of
 from transformerfam.stream import Sampling, absorb, generate, score_each
 from transformerfam.turns import end_tokens
 
@@ -55,7 +55,7 @@ class StreamingLM(TemplateLM):
         tokenizer: of a model that is given as such.
         adapter: folder or hub name of a PEFT adapter, or `shipped`, see `models.load`.
         reader: `model` as it is, or with its weights `bswa`, `sinks` or `full`; see
-            `evaluate.readers`.
+            `readers.readers_of`.
         dtype: of the weights, such as "bfloat16"; by default as they are stored.
         device: by default the CPU. The harness's own default is cuda:0, which is the CPU too where
             there is no CUDA, as with its other models.
@@ -329,7 +329,7 @@ def _reader(model: Any, name: str, geometry: dict[str, Any]) -> Any:
     config = changed(model.fam_config, geometry)
     if config != model.fam_config:
         model = twin(model, config)
-    return readers(model, [name], full_limit=None)[0].model
+    return readers_of(model, [name], full_limit=None)[0].model
 
 
 def _warn_of_untrained(loaded: Any, reader: Any) -> None:

@@ -16,7 +16,8 @@ from transformerfam.errors import UserError
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from transformerfam.evaluate import Ask, Reader
+    from transformerfam.evaluate import Ask
+    from transformerfam.readers import Reader
     from transformerfam.tasks import Case, Wanted
 
 HELP = "measure what a memory is good for: keys, facts, documents, questions"
@@ -62,8 +63,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME,...",
         default="model",
         help="who is asked: model (as it is), bswa (its windows alone), sinks (its windows with "
-        "sinks), full (full attention), or a variant of fam variants that has no feedback, such as "
-        "Longformer or M2 (default: %(default)s)",
+        "sinks), full (full attention), or a pattern of fam variants, such as Longformer or "
+        "M2 (default: %(default)s)",
     )
     _add_questions(parser)
     parser.add_argument(
@@ -141,21 +142,22 @@ def run(args: argparse.Namespace) -> int:
     progress = report.Progress(quiet=args.quiet or process > 0)
     from transformerfam import evaluate
     from transformerfam.commands import _session
+    from transformerfam.readers import readers_of
 
     if args.device == "cuda" and processes > 1:
         args.device = f"cuda:{os.environ.get('LOCAL_RANK', process)}"  # each has its own
     session = _session.open_session(args, progress)
     wanted = _wanted(args, session.tokenizer)
     cases = [case for name in names for case in TASKS[name].cases(wanted)]
-    readers = evaluate.readers(session.model, args.readers.split(","), full_limit=args.full_limit)
+    readers = readers_of(session.model, args.readers.split(","), full_limit=args.full_limit)
     results = evaluate.Results(Path(args.output), readers, seed=args.seed, process=process)
     asks = evaluate.plan(readers, cases, process, processes)
     began = time.monotonic()
     stopped = _ask_all(asks, results, progress)
     if process == 0:
-        print(_tables(results.folder, cases, readers))
+        print("\n\n".join(_tables(results.folder, cases, readers)))
         took = report.duration(time.monotonic() - began)
-        print(f"\n{args.output} holds every answer; asked for {took}")
+        print(f"\n{_whats_there(args.output, readers, cases)}; asked for {took}")
     if stopped:
         progress.note(f"stopped; go on with: {shlex.join(['fam', *_words(args)])}")
         return _session.INTERRUPTED
@@ -252,8 +254,7 @@ def _listed(tasks: Any) -> list[list[str]]:
     return [[name, task.about, task.source] for name, task in tasks.items()]
 
 
-def _tables(folder: Path, cases: Sequence[Case], readers: Sequence[Reader]) -> str:
-    """What was answered, and what was not: other processes may still be at it."""
+def _tables(folder: Path, cases: Sequence[Case], readers: Sequence[Reader]) -> list[str]:
     from transformerfam import answers, evaluate
 
     lines = evaluate.read_results(folder)[1]
@@ -263,10 +264,16 @@ def _tables(folder: Path, cases: Sequence[Case], readers: Sequence[Reader]) -> s
         if case.task == "documents":
             by_place = report.table(*answers.places_of(lines, case, names))
             shown.append(f"{case.label}, perplexity / bits per byte by place\n{by_place}")
-    keys = {line["key"] for line in lines}
-    missing = sum(ask.key not in keys for ask in evaluate.plan(readers, cases))
-    if missing:
-        shown.append(
-            f"{missing:,} answers are still missing; the same command shows them all later."
-        )
-    return "\n\n".join(shown)
+    return shown
+
+
+def _whats_there(folder: str, readers: Sequence[Reader], cases: Sequence[Case]) -> str:
+    """Whether all was answered: other processes may still be at it."""
+    from transformerfam import evaluate
+
+    keys = {line["key"] for line in evaluate.read_results(Path(folder))[1]}
+    asks = evaluate.plan(readers, cases)
+    missing = sum(ask.key not in keys for ask in asks)
+    if not missing:
+        return f"{folder} holds every answer"
+    return f"{folder} lacks {missing:,} of {len(asks):,} answers; the same command shows them later"

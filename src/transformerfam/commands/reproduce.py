@@ -7,7 +7,7 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 _SEEDS = 3
 _DEFAULTS = {"--scale": "toy", "--seeds": _SEEDS}
+_TRAINING = ("--scale", "--seeds", "--steps", "--workers")
+_ASKING = ("--adapter", "--cut", "--data", "--rows", "--samples")
 _LOOK_TOKENS = 4096  # of texts longer than these --samples asks for fewer
 
 HELP = "make a table or figure of the paper again: train, ask, draw"
@@ -73,7 +75,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--lengths",
         metavar="LENGTHS",
-        help="ask at these lengths, with commas between: blocks, or tokens at the scale small",
+        help="ask at these lengths, with commas between: blocks for toys, else tokens",
     )
     _add_real_data(parser)
     parser.add_argument(
@@ -136,7 +138,9 @@ def run(args: argparse.Namespace) -> int:
     if not args.items:
         print(report.facts(sorted(titles.items())))
         return 0
-    names, folder = _names(args, titles), _folder(args.out)
+    names = _names(args, titles)
+    _refuse_unused(names, args)
+    folder = _folder(args.out)
     for name in names:
         began = time.monotonic()
         try:
@@ -203,7 +207,6 @@ def _page(name: str, args: argparse.Namespace, folder: Path) -> Page:
     from transformerfam.reproduction.machine import MACHINE, Making, paper_page
 
     command = _command(name, args)
-    _refuse_unused(name, args)
     if name in results.ITEMS:
         return _results(name, args, folder, command)
     if name in MACHINE:
@@ -221,31 +224,34 @@ def _page(name: str, args: argparse.Namespace, folder: Path) -> Page:
     return page.item_page(name, item, found, command, folder)
 
 
-def _unused(name: str) -> set[str]:
-    """Options that an item has no use for."""
+def _used(name: str, scale: str) -> set[str]:
+    """Options that change what comes of an item."""
     from transformerfam.reproduction import results
     from transformerfam.reproduction.items import ITEMS
     from transformerfam.reproduction.machine import WITH_LENGTHS
 
-    training = {"--scale", "--seeds", "--steps", "--workers"}
-    asking = {"--adapter", "--cut", "--data", "--rows", "--samples"}
     if name in ITEMS:
-        return asking
+        return {"--scale"} if scale == "paper" else {*_TRAINING, "--lengths"}
     if name in results.ITEMS:
-        return training
-    own = {"--lengths"} if name in WITH_LENGTHS else {"--adapter"} if name == "figure11" else set()
-    return (training | asking | {"--lengths"}) - own
+        of_made_up = {"--cut", "--lengths"} if results.asks_more_than_gpt3(name) else set()
+        return {"--adapter", "--data", "--rows", "--samples"} | of_made_up
+    return {"--lengths"} if name in WITH_LENGTHS else {"--adapter"} if name == "figure11" else set()
 
 
-def _refuse_unused(name: str, args: argparse.Namespace) -> None:
-    """Refuse an option that does nothing for an item, unless all were asked for.
+def _refuse_unused(names: Sequence[str], args: argparse.Namespace) -> None:
+    """Refuse an option that none of the items has a use for.
 
     Raises:
         UserError: if there is one.
     """
-    for option in sorted(_unused(name)):
-        if getattr(args, option[2:]) != _DEFAULTS.get(option) and args.items != ["all"]:
-            raise UserError(f"{option} does nothing for {name}; leave it out.")
+    used = set().union(*(_used(name, args.scale) for name in names))
+    for option in sorted({*_TRAINING, *_ASKING, "--lengths"} - used):
+        if _given(option, args):
+            raise UserError(f"{option} does nothing for {' and '.join(names)}; leave it out.")
+
+
+def _given(option: str, args: argparse.Namespace) -> bool:
+    return getattr(args, option[2:]) != _DEFAULTS.get(option)
 
 
 def _results(name: str, args: argparse.Namespace, folder: Path, command: str) -> Page:
@@ -320,14 +326,9 @@ def _command(name: str, args: argparse.Namespace) -> str:
     """The command that makes the same page."""
     words = ["fam", "reproduce", name]
     # Where data lies says nothing, and how many work at it changes nothing.
-    shown = {**vars(args), "data": args.data and "DATA"}
-    shown["adapter"] = args.adapter and Path(args.adapter).name
-    for option in ("--scale", "--seeds", "--steps", "--lengths", "--samples", "--rows", "--cut"):
-        words += _said(option, shown, name)
-    return shlex.join(words + _said("--data", shown, name) + _said("--adapter", shown, name))
-
-
-def _said(option: str, shown: Mapping[str, object], name: str) -> list[str]:
-    value = shown[option[2:]]
-    is_said = value != _DEFAULTS.get(option) and option not in _unused(name)
-    return [option, str(value)] if is_said else []
+    shown = {"--data": "DATA", "--adapter": Path(args.adapter or "").name}
+    order = ("--scale", "--seeds", "--steps", "--lengths", "--samples", "--rows", "--cut")
+    for option in (*order, "--data", "--adapter"):
+        if option in _used(name, args.scale) and _given(option, args):
+            words += [option, shown.get(option, str(getattr(args, option[2:])))]
+    return shlex.join(words)

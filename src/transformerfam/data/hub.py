@@ -29,4 +29,5 @@ def load_table(name: str, split: str, configuration: str | None = None) -> Any:
     except RuntimeError as error:
         if "scripts are no longer supported" not in str(error):
             raise
-        return datasets.load_dataset(name, configuration, split=split, revision=_CONVERTED)
+        # There a configuration is a folder.
+        return datasets.load_dataset(name, data_dir=configuration, split=split, revision=_CONVERTED)

@@ -209,7 +209,7 @@ ITEMS: dict[str, Item] = {
             Variant("XL", _windows(1, attention="xl")),
             Variant("SWA", _windows(1, attention="swa", window=16)),
         ),
-        claims=(Claim("BSWA", "XL", within=True),),
+        claims=(Claim("BSWA", "XL", within=True, paper=None),),
         paper=("table08_xl",),
         tuned=True,
     ),

@@ -28,8 +28,8 @@ ASKED = {
     "3 late": "three keys, the one asked seen late",
     "text": "bytes of prose, by place",
 }
-# Digits are said right by chance once in ten times.
-_HARDLY_ANYTHING = 0.15
+# By what lengths are counted -> the share right that says little: of ten digits, of whole keys.
+_HARDLY_ANYTHING = {"blocks": 0.15, "tokens": 0.02}
 # variant -> for each seed, share right by length
 Curves = dict[str, list[dict[int, float]]]
 Found = Sequence[tuple[Planned, Result]]
@@ -107,12 +107,14 @@ def judge(claim: Claim, its: Experiment, curves: Curves) -> str:
         [statistics.mean(seed[n] for n in lengths) for seed in curves[name]]
         for name in (claim.more, claim.less)
     )
-    wins, losses = (
-        sum((a - b) * way > 0 for a, b in zip(more, less, strict=True)) for way in (1, -1)
-    )
+    wins = sum(a > b for a, b in zip(more, less, strict=True))
+    losses = sum(a < b for a, b in zip(more, less, strict=True))
     where = "all lengths" if claim.within else "lengths beyond those trained on"
     means = f"{statistics.mean(more):.3f} against {statistics.mean(less):.3f} over {where}"
-    if its.kind == "passkey" and max(map(statistics.mean, (more, less))) < _HARDLY_ANYTHING:
+    if (
+        its.kind == "passkey"
+        and max(map(statistics.mean, (more, less))) < _HARDLY_ANYTHING[its.unit]
+    ):
         verdict = "**cannot be told, since neither says much more than chance**"
     else:
         verdict = _verdict(wins, losses, len(more), claim.paper)
@@ -123,7 +125,7 @@ def judge(claim: Claim, its: Experiment, curves: Curves) -> str:
 def _verdict(wins: int, losses: int, seeds: int, paper: bool | None) -> str:
     """What so many seeds of all say, and whether the paper says so too; None: it says nothing."""
     if not wins and not losses:
-        return "**makes no difference**"
+        return "**is open: no difference**"
     if max(wins, losses) < seeds:
         return f"**is open ({wins} of {seeds} seeds)**"
     held = wins == seeds
@@ -137,8 +139,9 @@ def learned_nothing(its: Experiment, curves: Curves) -> list[str]:
     """Which variants, in how many seeds, do not know texts as they were trained on."""
     lines = []
     for name, seeds in curves.items():
-        within = [max(share for n, share in seed.items() if n <= its.longest) for seed in seeds]
-        if failed := sum(share < _HARDLY_ANYTHING for share in within):
+        within = [[share for n, share in seed.items() if n <= its.longest] for seed in seeds]
+        failed = sum(max(s) < _HARDLY_ANYTHING[its.unit] for s in within if s)
+        if failed:
             lines.append(
                 f"{name} learned nothing in {failed} of {len(seeds)} seeds: texts as long as those of "
                 "training are answered by chance."

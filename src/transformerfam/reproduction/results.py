@@ -23,12 +23,12 @@ from transformerfam.data.files import plain_texts
 from transformerfam.errors import UserError
 from transformerfam.files import whole_file
 from transformerfam.plots import draw_curves
+from transformerfam.readers import READERS, readers_of
 from transformerfam.reproduction.page import Page, papers_tables
 from transformerfam.tasks import TASKS, Case, Wanted
 
 # A memory that was not trained, for a look without an adapter.
 UNTRAINED = FamConfig(block_size=256, memory_segments=1, fam_length=8)
-READERS = evaluate.READERS
 BASE = "base"
 _FEWEST = 6  # questions that a verdict is given on
 READERS_SHOWN = {
@@ -165,6 +165,11 @@ ITEMS: dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
 }
 
 
+def asks_more_than_gpt3(name: str) -> bool:
+    """Whether an item asks for what has a length, too."""
+    return set(ITEMS[name][1]) != {_GPT3_HEADING}
+
+
 def cases_of(name: str, data: Path, tokenizer: Any, sizes: Sizes) -> dict[str, list[Case]]:
     """Heading -> cases, for the data at hand.
 
@@ -191,9 +196,9 @@ def ask(
         cases: what to ask.
         folder: where answers are kept.
     """
-    readers = evaluate.readers(model, READERS, full_limit=None)
+    readers = readers_of(model, READERS, full_limit=None)
     if base is not None:
-        (full,) = evaluate.readers(base, ["full"], full_limit=None)
+        (full,) = readers_of(base, ["full"], full_limit=None)
         readers.append(replace(full, name=BASE))
     results = evaluate.Results(folder, readers, seed=0)
     todo = [each for each in evaluate.plan(readers, cases) if each.key not in results.done]
@@ -245,10 +250,10 @@ def held(groups: dict[str, list[Case]], lines: Sequence[evaluate.Line]) -> list[
     for heading, cases in groups.items():
         for name, claimed in _claims(heading, cases).items():
             both = [_both(by_case.get(evaluate.case_key(case), {}), case) for case in claimed]
-            both = [each for each in both if each]
             if heading != _GPT3_HEADING:
                 both = [list(chain.from_iterable(both))]
-            if any(both):
+            both = [each for each in both if evaluate.summarise(each, "difference")]
+            if both:
                 said.append(_verdict(name, both))
     return said
 
@@ -279,19 +284,19 @@ def _both(found: dict[str, list[evaluate.Line]], case: Case) -> list[evaluate.Li
 
 
 def _verdict(name: str, tasks: Sequence[Sequence[evaluate.Line]]) -> str:
-    """Whether there is a difference: two standard errors are taken for one, from 6 questions on.
+    """Whether there is a difference: two standard errors are taken for one, from 6 questions each on.
 
     Args:
         name: of what is judged.
-        tasks: lines of `evaluate.paired`, of each task that weighs the same.
+        tasks: lines of `evaluate.paired`, at least one, of each task that weighs the same.
     """
     first, second, difference = (
         evaluate.mean_of_tasks([s for task in tasks if (s := evaluate.summarise(task, metric))])
         for metric in ("first", "second", "difference")
     )
     error = difference.error
-    verdict = "is open"
-    if error is not None and difference.count >= _FEWEST and abs(difference.mean) > 2 * error:
+    verdict, enough = "is open", all(len(task) >= _FEWEST for task in tasks)
+    if error is not None and enough and abs(difference.mean) > 2 * error:
         verdict = "held" if difference.mean > 0 else "did not hold: it does worse"
     spread = "" if error is None else f" ± {error:.3f}"
     return (

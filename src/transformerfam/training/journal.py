@@ -75,6 +75,7 @@ class Journal:
         grad_norm: float | None,
         tokens: int,
         seconds: float,
+        most_left: float | None = None,
         **more: float | None,
     ) -> None:
         """Write down a step.
@@ -86,6 +87,7 @@ class Journal:
             grad_norm: before it was cut.
             tokens: read in this step, by all processes.
             seconds: that it took.
+            most_left: seconds after which the run ends, whatever its steps; None: it does not.
             **more: other numbers to keep; those that are None are left out.
         """
         speed = tokens / seconds if seconds > 0 else None
@@ -101,7 +103,9 @@ class Journal:
         self._write({"step": step, **numbers})
         self._draw("train", numbers, step)
         self._smooth(seconds)
-        self.progress.update(self._line(step, loss, speed, grad_norm), now=step == self._steps)
+        self.progress.update(
+            self._line(step, loss, speed, grad_norm, most_left), now=step == self._steps
+        )
 
     def probe(self, step: int, results: Mapping[str, Mapping[str, float]]) -> None:
         """Write down what probes measured after `step` steps: name of the probe -> numbers."""
@@ -140,10 +144,16 @@ class Journal:
         self._mean_seconds = seconds if mean is None else mean + _NEWEST * (seconds - mean)
 
     def _line(
-        self, step: int, loss: float | None, speed: float | None, grad_norm: float | None
+        self,
+        step: int,
+        loss: float | None,
+        speed: float | None,
+        grad_norm: float | None,
+        most_left: float | None,
     ) -> str:
         assert self._mean_seconds is not None
         left = self._mean_seconds * (self._steps - step)
+        left = left if most_left is None else max(0.0, min(left, most_left))
         facts = [
             f"step {report.count(step)}/{report.count(self._steps)}",
             f"loss {report.loss(loss)}",

@@ -22,6 +22,7 @@ from transformerfam.training import adaptation, places
 from transformerfam.training.batches import Batch
 from transformerfam.training.card import model_card
 from transformerfam.training.checkpoint import Checkpoints, Progress, changed_setting, recipe_of
+from transformerfam.training.clock import Clock
 from transformerfam.training.curriculum import Curriculum
 from transformerfam.training.graphs import stepper_for
 from transformerfam.training.inputs import open_probes, open_source, row_readers
@@ -182,20 +183,17 @@ class Trainer:
         # Nobody writes before all have looked what is there.
         self.accelerator.wait_for_everyone()
         trained = Trained(self._whole_model(), self.folder, steps=self.start.step)
-        run, began, tokens = self.recipe.run, time.monotonic(), self.start.tokens
-
-        def seconds() -> float:
-            return self.start.seconds + time.monotonic() - began
-
+        run, tokens = self.recipe.run, self.start.tokens
+        clock = Clock(self.start.seconds, run.minutes)
         kept = self._journal()
         try:
-            for step in range(self.start.step, 0 if self._time_is_up(seconds()) else run.steps):
-                loss, read = self._step(step, kept)
+            for step in range(self.start.step, 0 if self._is_over(clock) else run.steps):
+                loss, read = self._step(step, kept, clock)
                 trained.losses.append(loss)
                 self._tell_what_is_left_out(kept)
                 trained.steps = step + 1
                 tokens += read
-                if step + 1 == run.steps or self._time_is_up(seconds()):
+                if step + 1 == run.steps or self._is_over(clock):
                     break  # its checkpoint is written when all is measured
                 every = self.recipe.probes.every
                 if every and (step + 1) % every == 0:
@@ -204,7 +202,7 @@ class Trainer:
                 trained.interrupted = self._any_process(stop())
                 due = run.checkpoint_every and (step + 1) % run.checkpoint_every == 0
                 if self.folder is not None and (due or trained.interrupted):
-                    self._checkpoint(self._progress(step + 1, tokens, seconds()))
+                    self._checkpoint(self._progress(step + 1, tokens, clock.seconds))
                 if trained.interrupted:
                     trained.model.eval()
                     return trained
@@ -213,10 +211,10 @@ class Trainer:
                 kept.probe(trained.steps, trained.results)
         finally:
             kept.close()
-        self._finish(trained, tokens, seconds())
+        self._finish(trained, tokens, clock.seconds)
         return trained
 
-    def _step(self, step: int, kept: Journal) -> tuple[float | None, int]:
+    def _step(self, step: int, kept: Journal, clock: Clock) -> tuple[float | None, int]:
         """One step of the optimizer: (loss, tokens read by all processes)."""
         began = time.monotonic()
         self.model.train()
@@ -241,6 +239,7 @@ class Trainer:
                 grad_norm=norm,
                 tokens=tokens,
                 seconds=time.monotonic() - began,
+                most_left=clock.left,
                 fam_bias=bias_at(step, self.recipe) if self._bias_rises else None,
                 longest=self.curriculum.longest if self.recipe.data.begin_length else None,
             )
@@ -250,10 +249,9 @@ class Trainer:
             )
         return loss, tokens
 
-    def _time_is_up(self, seconds: float) -> bool:
-        minutes = self.recipe.run.minutes
+    def _is_over(self, clock: Clock) -> bool:
         # Clocks differ, and all processes end with the same step.
-        return minutes > 0 and self._any_process(seconds >= 60 * minutes)
+        return clock.left is not None and self._any_process(clock.left <= 0)
 
     @property
     def _bias_rises(self) -> bool:
