@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from families import some_tokens
+from accelerate import Accelerator
+from families import some_tokens, tiny
 from test_steps import FAM, B, assert_same, batch, recipe, stepper
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from transformerfam import convert
 from transformerfam.call import Call, keeping
+from transformerfam.conversion import reconfigure
 from transformerfam.errors import UserError
-from transformerfam.training import graphs
+from transformerfam.training import adaptation, graphs
 from transformerfam.training.batches import Batch
 from transformerfam.training.graphs import RecordedStepper, stepper_for
 from transformerfam.training.recipe import Recipe, find
@@ -59,6 +63,29 @@ def test_gradients_and_losses_are_those_of_plain_steps(norm: Any) -> None:
         assert_same(*pairs)
         for one in (plain, ours):
             one.base.zero_grad()  # as the optimizer does: gradients are taken away
+
+
+def test_an_adapter_of_fam_alone_is_recorded_where_fam_goes() -> None:
+    made = recipe("single", fam={"adapted": "fam"})
+    model = adaptation.adapt(convert(tiny(dtype=torch.float32), made.fam), made.train, seed=0)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:  # 0 at the start, where an adapter changes nothing
+            torch.nn.init.normal_(parameter.data, std=0.1)
+    ids, losses, grads = some_tokens(2, 4 * B + 1), [], []
+    for kind in (Stepper, RecordedStepper):
+        one = copy.deepcopy(model).train()
+        each = kind(Accelerator(), one, adaptation.base_of(one), made)
+        losses.append(each.run(0, [batch(ids)]))
+        grads.append({n: p.grad for n, p in one.named_parameters() if p.grad is not None})
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    assert grads[0].keys() == grads[1].keys() and any("lora_A" in name for name in grads[0])
+    for name, grad in grads[0].items():
+        torch.testing.assert_close(grads[1][name], grad, atol=1e-6, rtol=1e-4)
+    # It matters where: an adapter of everything has another loss.
+    other = recipe("single")
+    everything = adaptation.base_of(one)
+    reconfigure(everything, other.fam)
+    assert Stepper(Accelerator(), one, everything, other).run(0, [batch(ids)]) != losses[0]
 
 
 def test_a_longer_step_is_another_recording() -> None:
