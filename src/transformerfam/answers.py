@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -87,8 +86,7 @@ def _by_part(part: dict[str, Any] | None) -> str:
     if not part or not part["scored"]:
         return "–"
     perplexity = f"{report.perplexity(part['nats'] / part['scored']):.1f}"
-    bits = part["nats"] / math.log(2) / max(1.0, part["bytes"])
-    return f"{perplexity} / {bits:.3f}"
+    return f"{perplexity} / {report.bits_per_byte(part['nats'], part['bytes']):.3f}"
 
 
 def _has_places(line: Line) -> bool:

@@ -93,9 +93,7 @@ class Results:
             with whole_file(folder / _ABOUT) as beside:
                 beside.write_text(json.dumps(merged, indent=2) + "\n")
         limits = {reader.name: reader.limit for reader in readers}
-        # Another process may come to a new folder before the first has said what it is about.
-        lines = read_results(folder)[1] if _read_about(folder) else []
-        self.done = {line["key"] for line in lines if _is_done(line, limits)}
+        self.done = {line["key"] for line in _read_lines(folder) if _is_done(line, limits)}
 
     def add(self, ask: Ask, line: Line) -> None:
         """Keep one answer; it is on the disk when this returns."""
@@ -163,6 +161,10 @@ def read_results(folder: Path) -> tuple[dict[str, Any], list[Line]]:
     about = _read_about(folder)
     if not about:
         raise UserError(f"The folder {folder} holds no results: it has no {_ABOUT}.")
+    return about, _read_lines(folder)
+
+
+def _read_lines(folder: Path) -> list[Line]:
     lines: dict[str, Line] = {}
     for file in sorted(folder.glob("results-*.jsonl")):
         for text in file.read_text(encoding="utf-8").splitlines():
@@ -172,7 +174,7 @@ def read_results(folder: Path) -> tuple[dict[str, Any], list[Line]]:
                     lines[line["key"]] = line
             except (ValueError, KeyError, TypeError):
                 continue  # cut short when its writer was killed
-    return about, list(lines.values())
+    return list(lines.values())
 
 
 def _about(readers: Sequence[Reader], seed: int) -> dict[str, Any]:

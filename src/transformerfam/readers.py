@@ -93,8 +93,9 @@ def _windows_of(config: FamConfig, name: str) -> tuple[str, FamConfig]:
     if name == "sinks":
         sinks = windows.sink_tokens or min(_SINKS, windows.block_size)
         return name, windows.replace(sink_tokens=sinks)
-    if (variant := _patterns().get(name.lower())) is None:
-        known = [*READERS, *(v.name for v in _patterns().values())]
+    patterns = _patterns()
+    if (variant := patterns.get(name.lower())) is None:
+        known = [*READERS, *(v.name for v in patterns.values())]
         raise UserError(f"There is no reader {name}; there are {', '.join(known)}.")
     try:
         return variant.name, windows.changed(**{"attention": "bswa", **variant.fam})

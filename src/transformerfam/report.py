@@ -56,6 +56,11 @@ def perplexity(nats: float) -> float:
     return math.exp(nats) if nats < 700 else math.inf
 
 
+def bits_per_byte(nats: float, nbytes: float) -> float:
+    """Of a text, or a part of one, that took so many nats in all."""
+    return nats / math.log(2) / max(1.0, nbytes)
+
+
 def tokens_short(tokens: int) -> str:
     """4k for 4096, 1M for 1048576 and round decimal numbers alike; else with separators."""
     for unit, letter in ((1 << 20, "M"), (1 << 10, "k"), (10**6, "M"), (10**3, "k")):

@@ -16,7 +16,7 @@ from transformerfam.errors import UserError
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from transformerfam.evaluate import Ask
+    from transformerfam.evaluate import Ask, Line
     from transformerfam.readers import Reader
     from transformerfam.tasks import Case, Wanted
 
@@ -155,9 +155,10 @@ def run(args: argparse.Namespace) -> int:
     began = time.monotonic()
     stopped = _ask_all(asks, results, progress)
     if process == 0:
-        print("\n\n".join(_tables(results.folder, cases, readers)))
+        lines = evaluate.read_results(results.folder)[1]
+        print("\n\n".join(_tables(lines, cases, [reader.name for reader in readers])))
         took = report.duration(time.monotonic() - began)
-        print(f"\n{_whats_there(args.output, readers, cases)}; asked for {took}")
+        print(f"\n{args.output} {_whats_there(lines, readers, cases)}; asked for {took}")
     if stopped:
         progress.note(f"stopped; go on with: {shlex.join(['fam', *_words(args)])}")
         return _session.INTERRUPTED
@@ -254,26 +255,24 @@ def _listed(tasks: Any) -> list[list[str]]:
     return [[name, task.about, task.source] for name, task in tasks.items()]
 
 
-def _tables(folder: Path, cases: Sequence[Case], readers: Sequence[Reader]) -> list[str]:
-    from transformerfam import answers, evaluate
+def _tables(lines: Sequence[Line], cases: Sequence[Case], readers: Sequence[str]) -> list[str]:
+    from transformerfam import answers
 
-    lines = evaluate.read_results(folder)[1]
-    names = [reader.name for reader in readers]
-    shown = [report.table(*answers.table_of(lines, cases, names))]
+    shown = [report.table(*answers.table_of(lines, cases, readers))]
     for case in cases:
         if case.task == "documents":
-            by_place = report.table(*answers.places_of(lines, case, names))
+            by_place = report.table(*answers.places_of(lines, case, readers))
             shown.append(f"{case.label}, perplexity / bits per byte by place\n{by_place}")
     return shown
 
 
-def _whats_there(folder: str, readers: Sequence[Reader], cases: Sequence[Case]) -> str:
+def _whats_there(lines: Sequence[Line], readers: Sequence[Reader], cases: Sequence[Case]) -> str:
     """Whether all was answered: other processes may still be at it."""
     from transformerfam import evaluate
 
-    keys = {line["key"] for line in evaluate.read_results(Path(folder))[1]}
+    keys = {line["key"] for line in lines}
     asks = evaluate.plan(readers, cases)
     missing = sum(ask.key not in keys for ask in asks)
     if not missing:
-        return f"{folder} holds every answer"
-    return f"{folder} lacks {missing:,} of {len(asks):,} answers; the same command shows them later"
+        return "holds every answer"
+    return f"lacks {missing:,} of {len(asks):,} answers; the same command shows them later"

@@ -12,7 +12,7 @@ from transformerfam import report
 from transformerfam.config import FamConfig
 from transformerfam.reproduction import scales
 from transformerfam.reproduction.items import Item
-from transformerfam.reproduction.page import Page, papers_table, papers_tables
+from transformerfam.reproduction.page import Page, held_or_not, papers_table, papers_tables
 from transformerfam.reproduction.results import UNTRAINED
 
 FLOPS_OF_AN_ACCELERATOR = 4e14  # an H100 in bfloat16, at two fifths of its peak
@@ -114,7 +114,7 @@ def _in_layers(values: list[float], least: float) -> str:
     count = sum(value > least for value in values)
     if 0 < count < len(values):
         return f"**is open ({count} of {len(values)} layers)**"
-    return "**held**, as in the paper" if count else "**did not hold**, other than in the paper"
+    return held_or_not(count > 0)
 
 
 def table3(making: Making) -> Page:
@@ -236,10 +236,8 @@ def _cheaper_with_length(ratios: Sequence[float]) -> list[str]:
         return []
     first, last = _quartiles(ratios[:quarter]), _quartiles(ratios[-quarter:])
     verdict = "**is open**"
-    if last[2] < first[0]:
-        verdict = "**held**, as in the paper"
-    elif last[0] > first[2]:
-        verdict = "**did not hold**, other than in the paper"
+    if last[2] < first[0] or last[0] > first[2]:
+        verdict = held_or_not(last[2] < first[0])
     shown = [f"{median:.2f} ({low:.2f}–{high:.2f})" for low, median, high in (first, last)]
     return [
         "## What held here",

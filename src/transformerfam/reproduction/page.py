@@ -128,8 +128,12 @@ def _verdict(wins: int, losses: int, seeds: int, paper: bool | None) -> str:
         return "**is open: no difference**"
     if max(wins, losses) < seeds:
         return f"**is open ({wins} of {seeds} seeds)**"
-    held = wins == seeds
-    verdict = f"**{'held' if held else 'did not hold'}{'' if seeds > 1 else ' with the one seed'}**"
+    return held_or_not(wins == seeds, paper, "" if seeds > 1 else " with the one seed")
+
+
+def held_or_not(held: bool, paper: bool | None = True, how: str = "") -> str:
+    """A verdict, and whether the paper finds the same; None: it does not say."""
+    verdict = f"**{'held' if held else 'did not hold'}{how}**"
     if paper is None:
         return verdict
     return f"{verdict}, {'as' if held == paper else 'other than'} in the paper"

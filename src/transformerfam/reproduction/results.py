@@ -338,9 +338,9 @@ def _means(
     for names, of_row in by_row.items():
         cells = []
         for reader in readers:
-            found = [by_case.get(evaluate.case_key(case), {}).get(reader, []) for case in of_row]
             sums = [
-                evaluate.summarise(each, c.metric) for each, c in zip(found, of_row, strict=True)
+                evaluate.summarise(by_case.get(evaluate.case_key(c), {}).get(reader, []), c.metric)
+                for c in of_row
             ]
             whole = [each for each in sums if each]
             mean = evaluate.mean_of_tasks(whole) if len(whole) == len(sums) else None

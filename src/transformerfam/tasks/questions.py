@@ -14,13 +14,13 @@ Knows models and memories; nothing of tasks, files and results.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
 
+from transformerfam.report import bits_per_byte
 from transformerfam.stream import absorb, generate, read, score_each
 
 Metrics = dict[str, Any]
@@ -203,7 +203,7 @@ class Follow:
         return {
             "accuracy": sum(right) / count,
             "loss": sum(nats) / count,
-            "bits_per_byte": sum(nats) / math.log(2) / max(1.0, sum(self.nbytes)),
+            "bits_per_byte": bits_per_byte(sum(nats), sum(self.nbytes)),
             "edges": list(self.edges),
             "bytes": [round(n, 1) for n in self.nbytes],
             "scored": scored,
