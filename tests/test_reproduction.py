@@ -456,7 +456,7 @@ def test_real_data_makes_one_page_and_is_not_asked_twice(
     assert cli.main(argv) == 0
     capsys.readouterr()
     text = (tmp_path / "out" / "results.md").read_text()
-    assert "\n\nOne day, by the sea.\n\n" in text
+    assert "\n\nOne day, by the sea.\n\nThe answers took " in text
     for heading in results.GROUPS:
         assert f"## {heading}" in text
     assert "| task | metric | model | bswa | sinks | full | base |" in text

@@ -219,6 +219,8 @@ def results_page(
     cases = [case for group in groups.values() for case in group]
     asked = {evaluate.case_key(case) for case in cases}
     lines = [line for line in lines if evaluate.line_key(line) in asked]
+    took = report.duration(sum(line.get("seconds", 0.0) for line in lines))
+    about = f"{about}\n\nThe answers took {took}, added up."
     page = Page(name, [f"# {title}", "", f"    {command}", "", about, ""])
     panels = answers.panels_of(lines)
     if panels:
