@@ -438,9 +438,13 @@ def data(tmp_path: Path) -> Path:
 def tiny_default(monkeypatch: pytest.MonkeyPatch) -> None:
     """A tiny model in the place of the default one."""
 
-    def load(adapter: str | None = None, config: FamConfig | None = None) -> Any:
+    def load(
+        adapter: str | None = None, config: FamConfig | None = None, dtype: str | None = None
+    ) -> Any:
         small = FamConfig(block_size=32, memory_segments=1, fam_length=2)
-        plain = tiny(vocab_size=len(TOKENIZER), dtype=torch.float32)
+        if adapter == "of-fam":
+            small = small.replace(adapted="fam")
+        plain = tiny(vocab_size=len(TOKENIZER), dtype=getattr(torch, dtype or "float32"))
         return convert(plain, small), TOKENIZER
 
     monkeypatch.setattr("transformerfam.models.load", load)
@@ -476,6 +480,18 @@ def test_real_data_makes_one_page_and_is_not_asked_twice(
     answered = (tmp_path / "out" / "answers" / "results-000.jsonl").read_text()
     assert cli.main(argv) == 0
     assert (tmp_path / "out" / "answers" / "results-000.jsonl").read_text() == answered
+
+
+@pytest.mark.usefixtures("tiny_default")
+def test_weights_that_an_adapter_of_fam_leaves_alone_are_asked_once(
+    data: Path, tmp_path: Path
+) -> None:
+    argv = ["reproduce", "table12", "--data", str(data), "--samples", "1", "--adapter", "of-fam"]
+    assert cli.main([*argv, "--dtype", "bfloat16", "--out", str(tmp_path / "out")]) == 0
+    text = (tmp_path / "out" / "table2.md").read_text()
+    assert " --dtype bfloat16 " in text and ", in bfloat16." in text
+    assert "| task | metric | model | bswa | sinks | full |\n" in text
+    assert "whether the model is worse than `full`." in text
 
 
 @pytest.mark.usefixtures("tiny_default")
@@ -676,5 +692,6 @@ def test_what_got_worse_by_training_is_named(data: Path) -> None:
     before = answered("base", case, [0.0, 1.0] * 10)
     same = answered("model", case, [1.0, 0.0] * 10)
     worse = answered("model", case, [0.0] * 20)
-    assert "In none" in results._got_worse(before + same, [case])
-    assert "gpt3-piqa piqa.jsonl (0.000 after 0.500)" in results._got_worse(before + worse, [case])
+    assert "In none" in results._got_worse(before + same, [case], results.BASE)
+    named = "gpt3-piqa piqa.jsonl (0.000 after 0.500)"
+    assert named in results._got_worse(before + worse, [case], results.BASE)

@@ -85,12 +85,17 @@ def add_model_details(group: argparse._ActionsContainer) -> None:
         help=f"a trained adapter to put on the model; {SHIPPED}: the small one that comes with the "
         "default model",
     )
+    add_dtype(group)
+    group.add_argument("--device", metavar="NAME", help="cpu, cuda, ... (default: cpu)")
+
+
+def add_dtype(group: argparse._ActionsContainer, about: str = "") -> None:
+    """--dtype, for what `about` says."""
     group.add_argument(
         "--dtype",
         choices=["float32", "bfloat16", "float16"],
-        help="type of the weights (default: as they are stored)",
+        help=f"{about}type of the weights (default: as they are stored)",
     )
-    group.add_argument("--device", metavar="NAME", help="cpu, cuda, ... (default: cpu)")
 
 
 _GEOMETRY = (

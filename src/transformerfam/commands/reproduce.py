@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 _SEEDS = 3
 _DEFAULTS = {"--scale": "toy", "--seeds": _SEEDS}
 _TRAINING = ("--scale", "--seeds", "--steps", "--workers")
-_ASKING = ("--adapter", "--cut", "--data", "--rows", "--samples")
+_ASKING = ("--adapter", "--cut", "--data", "--dtype", "--rows", "--samples")
 _LOOK_TOKENS = 4096  # of texts longer than these --samples asks for fewer
 
 HELP = "make a table or figure of the paper again: train, ask, draw"
@@ -128,6 +128,7 @@ def _add_real_data(parser: argparse.ArgumentParser) -> None:
         help="for results: whole documents are cut here (default: the longest of --lengths, or "
         "262,144)",
     )
+    options.add_dtype(parser, "for results and table2: ")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -234,7 +235,7 @@ def _used(name: str, scale: str) -> set[str]:
         return {"--scale"} if scale == "paper" else {*_TRAINING, "--lengths"}
     if name in results.ITEMS:
         of_made_up = {"--cut", "--lengths"} if results.asks_more_than_gpt3(name) else set()
-        return {"--adapter", "--data", "--rows", "--samples"} | of_made_up
+        return {"--adapter", "--data", "--dtype", "--rows", "--samples"} | of_made_up
     return {"--lengths"} if name in WITH_LENGTHS else {"--adapter"} if name == "figure11" else set()
 
 
@@ -272,10 +273,10 @@ def _results(name: str, args: argparse.Namespace, folder: Path, command: str) ->
         sizes = replace(sizes, lengths=lengths, most_tokens=lengths[-1])
     if args.cut:
         sizes = replace(sizes, most_tokens=args.cut)
-    model, tokenizer = load(
-        adapter=args.adapter, config=None if args.adapter else results.UNTRAINED
-    )
-    base = load()[0] if args.adapter else None
+    untrained = None if args.adapter else results.UNTRAINED
+    model, tokenizer = load(config=untrained, dtype=args.dtype, adapter=args.adapter)
+    retrained = args.adapter and model.fam_config.adapted == "all"
+    base = load(dtype=args.dtype)[0] if retrained else None
     groups = results.cases_of(name, Path(args.data), tokenizer, sizes)
     progress, kept = report.Progress(quiet=args.quiet), folder / "answers"
     cases = [case for group in groups.values() for case in group]
@@ -328,7 +329,7 @@ def _command(name: str, args: argparse.Namespace) -> str:
     # Where data lies says nothing, and how many work at it changes nothing.
     shown = {"--data": "DATA", "--adapter": Path(args.adapter or "").name}
     order = ("--scale", "--seeds", "--steps", "--lengths", "--samples", "--rows", "--cut")
-    for option in (*order, "--data", "--adapter"):
+    for option in (*order, "--dtype", "--data", "--adapter"):
         if option in _used(name, args.scale) and _given(option, args):
             words += [option, shown.get(option, str(getattr(args, option[2:])))]
     return shlex.join(words)

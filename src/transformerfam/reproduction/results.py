@@ -192,7 +192,8 @@ def ask(
 
     Args:
         model: a TransformerFAM.
-        base: the same before it was trained, which reads with full attention; None: it was not.
+        base: the same before it was trained, which reads with full attention; None: it was not, or
+            only FAM's way through it was, and full attention is the same with and without.
         cases: what to ask.
         folder: where answers are kept.
     """
@@ -322,8 +323,8 @@ def _section(
             name = case.label.removeprefix("documents ")
             said += [f"Perplexity / bits per byte of {name} by place:", ""]
             said += [report.markdown_table(*answers.places_of(lines, case, readers)), ""]
-    if heading == _GPT3_HEADING and BASE in readers:
-        said += [_got_worse(lines, cases), ""]
+    if heading == _GPT3_HEADING:
+        said += [_got_worse(lines, cases, BASE if BASE in readers else READERS[-1]), ""]
     return said
 
 
@@ -351,14 +352,14 @@ def _means(
     return rows
 
 
-def _got_worse(lines: Sequence[evaluate.Line], cases: Sequence[Case]) -> str:
-    """Where the model is worse than before it was trained, in a sentence."""
+def _got_worse(lines: Sequence[evaluate.Line], cases: Sequence[Case], before: str) -> str:
+    """Where the model is worse than the reader `before`, in a sentence."""
     by_case = evaluate.grouped(lines)
     worse, errors = [], 0
     for case in cases:
         found = by_case.get(evaluate.case_key(case), {})
         model, base = (
-            evaluate.summarise(found.get(name, []), case.metric) for name in (READERS[0], BASE)
+            evaluate.summarise(found.get(name, []), case.metric) for name in (READERS[0], before)
         )
         if model is None or base is None or base.error is None:
             continue
@@ -366,10 +367,10 @@ def _got_worse(lines: Sequence[evaluate.Line], cases: Sequence[Case]) -> str:
         if base.mean - model.mean > base.error:
             worse.append(f"{answers.named(case)} ({model.mean:.3f} after {base.mean:.3f})")
     if not errors:
-        return "One question of each does not tell whether the model is worse than `base`."
+        return f"One question of each does not tell whether the model is worse than `{before}`."
     if not worse:
-        return "In none of them is the model worse than `base` by more than a standard error."
-    return f"Worse than `base` by more than a standard error: {', '.join(worse)}."
+        return f"In none of them is the model worse than `{before}` by more than a standard error."
+    return f"Worse than `{before}` by more than a standard error: {', '.join(worse)}."
 
 
 def describe(model: Any, adapter: str | None, data: Path) -> str:
@@ -381,8 +382,10 @@ def describe(model: Any, adapter: str | None, data: Path) -> str:
         else ""
     )
     with_adapter = f" with the adapter {adapter}" if adapter else ", nothing trained"
+    numbers = str(model.dtype).removeprefix("torch.")
     return (
-        f"{Path(str(model.config._name_or_path)).name}{with_adapter}: {model.fam_config.describe()}. "
+        f"{Path(str(model.config._name_or_path)).name}{with_adapter}: {model.fam_config.describe()}, in "
+        f"{numbers}. "
         "Texts of one block are read alike by all readers of the same weights: the first block sees no "
         f"FAM, and lies in every window.{told}"
     )
