@@ -2,12 +2,12 @@
 
     .venv/bin/python benchmarks/memory_on_a_gpu.py --filler books --held persuasion.txt --out memory
 
-The stages are those by which two CPU cores came to nearly every key of the block before and a few of three
-blocks before (LOG.md, 2026-11-27), and one more for windows of three past blocks. Tokens are read by the
-model's own weights throughout (`adapted = "fam"`). A stage that has its adapter in OUT is not done again,
-and one that was broken off is begun again. What is in OUT/adapter
-in the end is small enough to be carried about (bfloat16). `--check` takes one short step of each stage
-on a CPU, in OUT/check: whether all of it runs. It has not been run on a GPU yet.
+The stages are those by which two CPU cores came to nearly every key of the block before and a few of
+three blocks before (LOG.md, 2026-11-27), and one more for windows of three past blocks. Tokens are read by
+the model's own weights throughout (`adapted = "fam"`). A stage that has its adapter in OUT is not done
+again, and one that was broken off is begun again. What is in OUT/adapter in the end is small enough to be
+carried about (bfloat16). `--check` takes one short step of each stage on a CPU, in OUT/check: whether all
+of it runs. It has not been run on a GPU yet.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ WINDOWS = (
     "optimizer.learning_rate=3e-4",
 )
 # Name, share of the time, recipe, settings: to read anything at all; to read a whole key, wherever it
-# stood in the block before; to hold it, and to write over an older one; to leave prose alone, in windows.
+# stood in the block before; to hold it, and to write over an older one; to leave prose alone in windows.
 STAGES = (
     ("begin", 0.1, "smollm2-fam", BEGIN),
     ("next-block", 0.15, "smollm2-fam-2", NEXT_BLOCK),
