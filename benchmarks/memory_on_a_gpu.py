@@ -2,12 +2,12 @@
 
     .venv/bin/python benchmarks/memory_on_a_gpu.py --filler books --held persuasion.txt --out memory
 
-The stages are those by which two CPU cores came to nearly every key of the block before and a few of
-three blocks before (LOG.md, 2026-11-27), and one more for windows of three past blocks. Tokens are read by
-the model's own weights throughout (`adapted = "fam"`). A stage that has its adapter in OUT is not done
-again, and one that was broken off is begun again. What is in OUT/adapter in the end is small enough to be
-carried about (bfloat16). `--check` takes one short step of each stage on a CPU, in OUT/check: whether all
-of it runs. It has not been run on a GPU yet.
+The stages are those by which two CPU cores came to nearly every key of the block before and a few
+of three blocks before (LOG.md, 2026-11-27), and one more for windows of three past blocks. Tokens
+are read by the model's own weights throughout (`adapted = "fam"`). A stage that has its adapter in
+OUT is not done again, and one that was broken off is begun again. What is in OUT/adapter in the end
+is small enough to be carried about (bfloat16). `--check` takes one short step of each stage on a
+CPU, in OUT/check: whether all of it runs. It has not been run on a GPU yet.
 """
 
 from __future__ import annotations
