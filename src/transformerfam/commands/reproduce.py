@@ -275,8 +275,8 @@ def _results(name: str, args: argparse.Namespace, folder: Path, command: str) ->
         sizes = replace(sizes, most_tokens=args.cut)
     untrained = None if args.adapter else results.UNTRAINED
     model, tokenizer = load(config=untrained, dtype=args.dtype, adapter=args.adapter)
-    retrained = args.adapter and model.fam_config.adapted == "all"
-    base = load(dtype=args.dtype)[0] if retrained else None
+    changed = args.adapter and model.fam_config.adapted == "all"
+    base = load(dtype=args.dtype)[0] if changed else None
     groups = results.cases_of(name, Path(args.data), tokenizer, sizes)
     progress, kept = report.Progress(quiet=args.quiet), folder / "answers"
     cases = [case for group in groups.values() for case in group]

@@ -3,7 +3,7 @@
 Data is a folder that people bring: `books/` and `proofs/` (texts), `longqa/` (rows as of L-Eval),
 `tasks/` (GPT-3's tasks in llm-foundry's files), `babi/` (bAbI's). What is not there is not asked.
 Four readers of the same weights answer: the model as it is, its windows without and with sinks
-(StreamingLLM), and full attention up to what it was trained for; and if an adapter was put on them, the
+(StreamingLLM), and full attention up to what it was trained for; and if an adapter has changed them, the
 weights as they were before. Every answer is kept when it is given, so that what was stopped goes on.
 """
 
