@@ -45,7 +45,7 @@ Where the paper is silent or divided, this file decides:
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -89,6 +89,7 @@ def oracle(
     start: int = 0,
     passed: list[Tensor] | None = None,
     fam_model: Any = None,
+    asked: Collection[int] = (),
 ) -> OracleResult:
     """Read one stream from its beginning.
 
@@ -102,6 +103,7 @@ def oracle(
         start: rotary position of the first token, a multiple of the block size.
         passed: (N, d) of each layer, F_{-1} that another stream left (random state passing).
         fam_model: a model like `model` whose layers FAM goes through; None: `model` itself.
+        asked: positions in the stream of the tokens that see FAM under `fam_seen="asked"`.
 
     Returns:
         The logits and every F, differentiable in the weights and the prompt.
@@ -138,7 +140,7 @@ def oracle(
             for i, t in enumerate(range(first, first + len(hidden))):
                 seen = list(tokens_seen(config, tokens[depth], outputs[depth], t))
                 for past in range(block - config.previous_fams, block):
-                    if past in fams:
+                    if past in fams and (config.fam_seen == "always" or t in asked):
                         through = model, config, fam_layers[depth]
                         keys_of = fam_keys(*through, fams[past][depth], past, start)
                         seen += [replace(key, bias=config.fam_bias) for key in keys_of]

@@ -107,6 +107,9 @@ class TokenPass:
             kept = KeyValue(self._with_anchors(kept.keys, anchors.keys, moved=False), values)
         after = self._after(kept, anchors, before.fam, before.extra)
         seen = kept.cut(P - plan.past_used, block + plan.own_used)
+        if self.fam_slots and not plan.shows_fam:
+            before_fams = seen.cut(0, plan.past_used + A)
+            seen = KeyValue.cat([before_fams, seen.cut(plan.past_used + A + self.fam_slots, None)])
         if self.config.stop_gradient:
             seen = seen.map(lambda x: stop_gradient(x, plan.past_used + A))
         return seen, after
@@ -213,8 +216,9 @@ class TokenPass:
         if self.config.stop_gradient:
             past, anchors = past.detach(), anchors.detach()
         own = tokens[:, :, plan.past_window :].unflatten(2, (plan.blocks, B)).transpose(1, 2)
-        seen_fams = sliding(fams, self.fam_slots, self.config.fam_length, plan.blocks)
-        parts = [past, anchors, seen_fams, own[:, :, :, : plan.own_used]]
+        parts = [past, anchors, own[:, :, :, : plan.own_used]]
+        if plan.shows_fam:
+            parts.insert(2, sliding(fams, self.fam_slots, self.config.fam_length, plan.blocks))
         return torch.cat([p for p in parts if p.shape[3]], dim=3).flatten(0, 1)
 
     # ---- attention
@@ -226,6 +230,8 @@ class TokenPass:
             ("mask", window, query.device),
             lambda: self._mask(window, query),
         )
+        if self.call.asked is not None:
+            mask = self._asked(mask, self.call.asked)
         grid = self._to_grid(query).flatten(0, 1)  # (R·nb, H, L, D)
         out = self.call.attend(self.layer, None, grid, seen.keys, seen.values, mask, style)
         return self._from_grid(out.unflatten(0, (-1, self.plan.blocks)))
@@ -257,6 +263,23 @@ class TokenPass:
         bias = self.plan.key_bias()
         seen = self.plan.visible(window).to(like.device)
         return AttentionMask(seen, None if bias is None else bias.to(like.device))
+
+    def _asked(self, mask: AttentionMask, asked: Tensor) -> AttentionMask:
+        """`mask` for tokens of which only those that are `asked`, (R, T), see FAM."""
+        made = self.call.asked_masks
+        if mask not in made:
+            made[mask] = self._hidden_from_others(mask, asked)
+        return made[mask]
+
+    @torch.no_grad()
+    def _hidden_from_others(self, mask: AttentionMask, asked: Tensor) -> AttentionMask:
+        seen = mask.seen.expand(self.plan.rows * self.plan.blocks, -1, -1, -1).clone()
+        each = self._to_grid(asked[:, None, :, None])  # (R, nb, 1, L, 1)
+        fams = seen[..., self.plan.key_regions["fams"]]
+        fams &= each.flatten(0, 1)
+        # A place of the grid without a token may be left with nothing to see.
+        seen |= ~seen.any(-1, keepdim=True)
+        return AttentionMask(seen, mask.bias)
 
     # ---- anchors, the tokens kept for ever
 

@@ -118,6 +118,7 @@ class Call:
         gates: (layers, H), β of the compressive memory; None without.
         losses: takes the auxiliary losses of the layers; None: they are not computed.
         observer: told of each attention, and of FAM after each block.
+        asked: (R, T) bool, which tokens see FAM; None: all, or as the plan has it none.
     """
 
     def __init__(
@@ -134,6 +135,7 @@ class Call:
         gates: Tensor | None = None,
         losses: FeedbackLosses | None = None,
         observer: Observer | None = None,
+        asked: Tensor | None = None,
     ) -> None:
         self.config = config
         self.plan = plan
@@ -147,6 +149,9 @@ class Call:
         self.gates = gates
         self.losses = losses
         self.observer = observer
+        self.asked = asked
+        # Made from a tensor of this very call, so not `once`, which calls may share.
+        self.asked_masks: dict[AttentionMask, AttentionMask] = {}
         self.after: list[LayerMemory | None] = [None] * len(before)
         # rising[l]: the FAM input of layer l in block 0 (B.1), (R, N, d): the prompt rises once.
         self.rising: list[Tensor | None] = [None] * (len(before) + 1)

@@ -21,13 +21,14 @@ MemorySource = Literal["input", "output"]
 CompressiveMemory = Literal["none", "linear", "delta"]
 Recurrence = Literal["layer", "rmt", "autocompressor"]
 Adapted = Literal["all", "fam"]
+FamSeen = Literal["always", "asked"]
 Backend = Literal["sdpa", "eager", "flex"]
 
 # Modules that a decoder may get, as the geometry asks; see `FamConfig.added_modules`.
 ADDED_MODULES = ("fam_prompt", "memory_gates")
 
 # Fields that change speed, gradients or how a memory is looked at, but not how it is laid out.
-_NOT_PART_OF_A_MEMORY = ("backend", "stop_gradient", "fam_bias")
+_NOT_PART_OF_A_MEMORY = ("backend", "stop_gradient", "fam_bias", "fam_seen")
 
 # Fields that belong to some patterns alone, and what they are under the others.
 _OF_SOME_PATTERNS: dict[str, Any] = {
@@ -69,6 +70,9 @@ class FamConfig:
         previous_fams: how many past FAMs the block queries see (table 6).
         fam_bias: added to the scores with which tokens look at FAM. Training may begin with a very
             negative one, where the model is its own windows without feedback, and let it rise to 0.
+        fam_seen: which tokens look at FAM. `always`: all (the paper); `asked`: those that are read
+            where something is asked or said (`Memory.asked`, `generate`). All others are read as the
+            windows alone read them, while FAM reads them all the same.
         attention: which past tokens a token sees, see `transformerfam.masks`.
         window: tokens seen by `swa`, `xl` and `longformer`; by default memory_segments * block_size.
         global_positions: positions that see all and are seen by all (`longformer` only). The
@@ -110,6 +114,7 @@ class FamConfig:
     feedback_rms: float = 1.0
     previous_fams: int = 1
     fam_bias: float = 0.0
+    fam_seen: FamSeen = "always"
     attention: AttentionPattern = "bswa"
     window: int | None = None
     global_positions: tuple[int, ...] = ()
@@ -298,6 +303,7 @@ class FamConfig:
         slots = changes.get("fam_length", self.fam_length)
         if slots == 0:
             dropped.update(feedback_norm="none", previous_fams=1, fam_bias=0.0, recurrence="layer")
+            dropped.update(fam_seen="always")
         elif slots != self.fam_length and isinstance(self.feedback_norm, tuple):
             dropped.update(feedback_norm="none")
         if {**dropped, **changes}.get("feedback_norm", self.feedback_norm) != "rms":

@@ -15,6 +15,7 @@ _CHOICES = (
     "fam_query_position",
     "fam_start",
     "fam_query",
+    "fam_seen",
     "first_residual",
     "attention",
     "memory_source",
@@ -129,9 +130,11 @@ def _check_feedback(config: FamConfig) -> None:
         raise ValueError("feedback_rms is what feedback_norm='rms' rescales to; set both.")
     if not isinstance(config.fam_bias, (int, float)) or not math.isfinite(config.fam_bias):
         raise ValueError(f"fam_bias must be a finite number, not {config.fam_bias!r}.")
-    if not config.has_feedback and (config.previous_fams > 1 or norm != "none" or config.fam_bias):
+    looks = config.fam_bias or config.fam_seen != "always"
+    if not config.has_feedback and (config.previous_fams > 1 or norm != "none" or looks):
         raise ValueError(
-            "previous_fams, feedback_norm and fam_bias need a feedback memory; set fam_length."
+            "previous_fams, feedback_norm, fam_bias and fam_seen need a feedback memory; set "
+            "fam_length."
         )
     by_block = config.fam_position == "last" and not config.through_stack
     if by_block and config.fam_length > config.block_size:
@@ -176,6 +179,8 @@ def _check_recurrence(config: FamConfig) -> None:
         )
     if config.fam_start != "prompt" or config.fam_query != "feedback":
         raise ValueError(f"fam_start and fam_query do nothing under {name}; leave them out.")
+    if config.fam_seen != "always":
+        raise ValueError(f"Under {name} memory is seen by all; leave fam_seen out.")
     if config.adapted != "all":
         raise ValueError(
             f"Under {name} memory goes among the tokens through the layers; leave adapted out."

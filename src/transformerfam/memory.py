@@ -6,7 +6,8 @@ row has read; it knows nothing of text, nor how the tensors in it are computed (
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -42,6 +43,8 @@ class Memory(Cache):
             another recurrence.
         offset: position of the first token (B.2, random position offset). It matters only where FAM
             stands at position `zero`; all other scores depend on differences of positions.
+        asking: whether tokens that are read now see FAM where `FamConfig.fam_seen` is "asked", see
+            `asked`. Not part of what a memory file holds: a memory that is loaded reads.
     """
 
     def __init__(self, config: FamConfig, rows: int = 1, layers: int = 1) -> None:
@@ -56,6 +59,7 @@ class Memory(Cache):
         self.passed_fams: tuple[Tensor, ...] | None = None
         self.written: Tensor | None = None
         self.offset = 0.0
+        self.asking = False
 
     @classmethod
     def for_model(cls, model: PreTrainedModel, rows: int = 1) -> Memory:
@@ -169,6 +173,15 @@ class Memory(Cache):
         self.passed = (True,) * self.rows
         self.layers_memory = [None] * len(self)
 
+    @contextmanager
+    def asked(self) -> Iterator[None]:
+        """In here tokens see FAM, also where only those do that are asked (`FamConfig.fam_seen`)."""
+        before, self.asking = self.asking, True
+        try:
+            yield
+        finally:
+            self.asking = before
+
     def restart(self, rows: Sequence[bool]) -> Memory:
         """A memory in which the rows marked True begin a new stream, and the others go on."""
         if not any(rows) or not self.is_initialized:
@@ -215,7 +228,7 @@ class Memory(Cache):
         new.layers_memory = [None if m is None else m.map(change) for m in self.layers_memory]
         new.next_logits = None if self.next_logits is None else change(self.next_logits)
         new.written = None if self.written is None else change(self.written)
-        new.passed, new.offset = passed, self.offset
+        new.passed, new.offset, new.asking = passed, self.offset, self.asking
         if self.passed_fams is not None:
             new.passed_fams = tuple(change(f) for f in self.passed_fams)
         return new

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from functools import wraps
 from typing import Any
 
@@ -74,6 +75,7 @@ class FamDecoder(Picklable):
         return_dict: bool | None = None,
         fam_losses: FeedbackLosses | None = None,
         fam_observer: Observer | None = None,
+        fam_asked: Tensor | None = None,
         **kwargs: Any,
     ) -> ModelOutput | tuple[Any, ...]:
         """Read new tokens, layer-major over all blocks of the call (section 3, docs/method.md).
@@ -88,6 +90,8 @@ class FamDecoder(Picklable):
             fam_losses: takes the auxiliary losses of the call.
             fam_observer: told of each attention of the call (`call.Attended`), and of FAM after each
                 block (`call.Written`).
+            fam_asked: (R, T) bool, which of the new tokens see FAM where `fam_seen` is "asked"; by
+                default all or none, as `past_key_values.asking` says.
         """
         inputs = input_ids if inputs_embeds is None else inputs_embeds
         if inputs is None or inputs.shape[1] == 0:
@@ -103,7 +107,9 @@ class FamDecoder(Picklable):
         if config.through_stack:
             output = self._by_segments(config, memory, inputs, attention_mask, **kwargs)
             return output if return_dict is not False else output.to_tuple()
-        call = self._call(config, memory, inputs, attention_mask, fam_losses, fam_observer)
+        call = self._call(
+            config, memory, inputs, attention_mask, fam_losses, fam_observer, fam_asked
+        )
         output = self.plain_forward(
             input_ids=input_ids if inputs_embeds is None else None,
             inputs_embeds=inputs_embeds,
@@ -131,6 +137,7 @@ class FamDecoder(Picklable):
         attention_mask: Tensor | None,
         losses: FeedbackLosses | None,
         observer: Observer | None,
+        asked: Tensor | None,
     ) -> Call:
         rows, columns = inputs.shape[:2]
         state = Memory(config, rows, len(layers_of(self))) if memory is None else memory
@@ -141,6 +148,7 @@ class FamDecoder(Picklable):
             valid=_valid_columns(attention_mask, rows, columns),
             past_length=state.past_length,
             passed=(True,) * rows if config.fam_start == "prefix" else state.passed,
+            shows_fam=config.fam_seen == "always" or state.asking or asked is not None,
         )
         start, beginning = None, state.passed
         first_fams: Sequence[Tensor] | None = state.passed_fams
@@ -165,6 +173,7 @@ class FamDecoder(Picklable):
             gates=gates,
             losses=losses,
             observer=observer,
+            asked=asked if config.fam_seen == "asked" else None,
         )
 
     def _added(self, name: str, rows: int, device: torch.device) -> Tensor:
@@ -334,6 +343,12 @@ class FamForCausalLM:
         kwargs.setdefault("save_original_format", False)
         super().save_pretrained(save_directory, **kwargs)  # type: ignore[misc]
 
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers; what is given and said counts as asked (`FamConfig.fam_seen`)."""
+        memory = kwargs.get("past_key_values")
+        with memory.asked() if isinstance(memory, Memory) else nullcontext():
+            return super().generate(*args, **kwargs)  # type: ignore[misc]
+
     # Past the family's own: some drop a cache by the length of a text that we do not keep.
     prepare_inputs_for_generation = GenerationMixin.prepare_inputs_for_generation
 
@@ -358,6 +373,7 @@ class FamForCausalLM:
         if memory is None:
             if generation_config.use_cache is not False:
                 model_kwargs["past_key_values"] = Memory.for_model(self, rows)
+                model_kwargs["past_key_values"].asking = True
         elif generation_config.use_cache is False:
             raise ValueError("Generating with a memory needs use_cache=True; leave use_cache out.")
         elif isinstance(memory, Memory):

@@ -37,6 +37,7 @@ class CallPlan:
         valid: (R, T) bool on the CPU, False for padding; None: no padding.
         past_length: P, kept past in tokens.
         passed: for each row whether its stream began with the FAM of another; default: none did.
+        shows_fam: whether any token of the call sees FAM.
     """
 
     config: FamConfig
@@ -45,6 +46,7 @@ class CallPlan:
     valid: Tensor | None
     past_length: int
     passed: tuple[bool, ...] = ()
+    shows_fam: bool = True
 
     # ---- rows
 
@@ -196,7 +198,7 @@ class CallPlan:
         sizes = {
             "past": self.past_used,
             "anchors": len(config.anchor_positions),
-            "fams": config.previous_fams * config.fam_length,
+            "fams": config.previous_fams * config.fam_length * self.shows_fam,
             "own": self.own_used,
         }
         ends = accumulate(sizes.values())
@@ -266,7 +268,7 @@ class CallPlan:
         # Counted in FAMs: one that was passed stands for a block before the first.
         passed = self.fams_behind[row] - first_block
         fams = first_block + j + passed - config.previous_fams + torch.arange(config.previous_fams)
-        fams = fams.repeat_interleave(config.fam_length)
+        fams = fams.repeat_interleave(config.fam_length * self.shows_fam)
         sees_fam = masks.token_sees_fam(config)(query + passed * B, fams)
         return torch.cat([parts[0], sees_anchor, sees_fam, parts[1]], dim=1) | anyone
 

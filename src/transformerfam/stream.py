@@ -171,7 +171,8 @@ def score_each(
 ) -> Iterator[Scored]:
     """How well each of several continuations of one stream is predicted, read side by side.
 
-    Where rows of memory are small, short ones cost little more than one of them. No gradients.
+    Where rows of memory are small, short ones cost little more than one of them. They count as asked
+    (`FamConfig.fam_seen`). No gradients.
 
     Args:
         model: a TransformerFAM.
@@ -188,10 +189,10 @@ def score_each(
     rows = _rows_side_by_side(model, continuations, memory)
     for start in range(0, len(continuations), rows):
         group = continuations[start : start + rows]
-        if len(group) == 1:
-            yield _alone(model, group[0], memory)
-        else:
-            yield from _side_by_side(model, group, memory)
+        with memory.asked():
+            side_by_side = _side_by_side if len(group) > 1 else _alone
+            scored = side_by_side(model, group, memory)
+        yield from scored
 
 
 def _rows_side_by_side(model: Any, continuations: Sequence[Sequence[int]], memory: Memory) -> int:
@@ -203,10 +204,11 @@ def _rows_side_by_side(model: Any, continuations: Sequence[Sequence[int]], memor
     return max(1, _SIDE_BY_SIDE_BYTES // (memory.nbytes + logits))
 
 
-def _alone(model: Any, ids: Sequence[int], memory: Memory) -> Scored:
+def _alone(model: Any, group: Sequence[Sequence[int]], memory: Memory) -> list[Scored]:
+    (ids,) = group
     chunks = list(read(model, ids, memory.fork()))
     hits = [chunk.hits for chunk in chunks] or [torch.zeros(0, dtype=torch.bool)]
-    return Scored(sum(chunk.nats for chunk in chunks), torch.cat(hits))
+    return [Scored(sum(chunk.nats for chunk in chunks), torch.cat(hits))]
 
 
 def _side_by_side(model: Any, group: Sequence[Sequence[int]], memory: Memory) -> list[Scored]:
@@ -288,7 +290,7 @@ def generate(
     sampling: Sampling | None = None,
     stop: Collection[int] = (),
 ) -> Iterator[int]:
-    """Read `tokens`, then continue the stream one token at a time.
+    """Read `tokens`, then continue the stream one token at a time; both count as asked.
 
     Whenever a token is yielded the memory has consumed it: stop iterating at any time and the memory
     holds exactly what was read and yielded. A token of `stop` ends the stream; it is neither yielded
@@ -307,14 +309,17 @@ def generate(
         ValueError: as `read`; also if there is nothing to continue.
     """
     choose = (sampling or Sampling()).chooser()
-    memory = absorb(model, tokens, memory)
+    memory = _single_row(model, memory)
+    with memory.asked():
+        absorb(model, tokens, memory)
     for _ in range(max_new_tokens):
         if memory.next_logits is None:
             raise ValueError("There is nothing to continue: give at least one token.")
         token = choose(memory.next_logits[0])
         if token in stop:
             return
-        _advance(model, [token], memory, keep=1)
+        with memory.asked():
+            _advance(model, [token], memory, keep=1)
         yield token
 
 
