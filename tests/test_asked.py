@@ -102,7 +102,9 @@ def test_generating_asks_and_reading_does_not() -> None:
     assert seeing.next_logits is not None and not seeing.asking
     assert said[0] == int(seeing.next_logits.argmax())
     given_ids = torch.tensor([question])
-    other = model.generate(given_ids, past_key_values=memory.fork(), max_new_tokens=5, do_sample=False)
+    other = model.generate(
+        given_ids, past_key_values=memory.fork(), max_new_tokens=5, do_sample=False
+    )
     assert other[0, len(question) :].tolist() == said
     # Asked and told from the first token on, it is a memory that is always seen.
     always = model_of(CONFIG.replace(fam_seen="always"))
@@ -120,7 +122,9 @@ def test_no_gradient_goes_through_tokens_that_see_nothing_that_learns() -> None:
     read_part = model(input_ids=IDS[:1, : 3 * B], past_key_values=memory)
     assert not read_part.logits.requires_grad
     with memory.asked():
-        model(input_ids=IDS[:1, 3 * B :], past_key_values=memory).logits.logsumexp(-1).sum().backward()
+        model(input_ids=IDS[:1, 3 * B :], past_key_values=memory).logits.logsumexp(
+            -1
+        ).sum().backward()
     found = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
     whole = with_adapter(CONFIG.replace(adapted="fam"))
     logits = whole(input_ids=IDS[:1], fam_asked=asked_in(range(3 * B, T))[:1]).logits

@@ -71,6 +71,7 @@ def test_every_field_of_the_geometry_has_an_option() -> None:
         "feedback_rms": ("0.5", 0.5),
         "previous_fams": ("2", 2),
         "fam_bias": ("-2.5", -2.5),
+        "fam_seen": ("asked", "asked"),
         "attention": ("longformer", "longformer"),
         "window": ("7", 7),
         "global_positions": ("0,3", (0, 3)),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from collections.abc import Callable
 from typing import Any
 
@@ -86,6 +87,27 @@ def test_an_adapter_of_fam_alone_is_recorded_where_fam_goes() -> None:
     everything = adaptation.base_of(one)
     reconfigure(everything, other.fam)
     assert Stepper(Accelerator(), one, everything, other).run(0, [batch(ids)]) != losses[0]
+
+
+def asking(rows: int, length: int, first: list[int], seed: int = 0) -> Batch:
+    """Texts that are read, and asked something from a column on; only answers count."""
+    made = batch(some_tokens(rows, length + 1, seed=seed))
+    weights = torch.arange(length) > torch.tensor(first)[:, None]
+    return replace(made, weights=weights.float(), asked_from=tuple(first))
+
+
+@pytest.mark.parametrize(
+    "feedback", [{}, {"state_passing": 0.7, "drawn_segments": (0, 1)}], ids=str
+)
+def test_what_is_asked_is_recorded_behind_what_is_read(feedback: dict[str, Any]) -> None:
+    made = recipe("single", fam={"fam_seen": "asked"}, **feedback)
+    plain, ours = stepper(made), recorded_stepper(made)
+    cases = [(4 * B, [3 * B, 3 * B + 2]), (4 * B - 1, [2 * B + 1, 3 * B]), (B + 1, [1, B])]
+    steps = [asking(2, T, first, seed) for seed, (T, first) in enumerate([*cases, *cases])]
+    assert_alike(plain, ours, steps)
+    # That only answers see FAM matters.
+    other = stepper(recipe("single"))
+    assert other.run(0, steps[:1]) != pytest.approx(stepper(made).run(0, steps[:1]), rel=1e-4)
 
 
 def test_a_longer_step_is_another_recording() -> None:

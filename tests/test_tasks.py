@@ -38,6 +38,11 @@ def text(ids: Any) -> str:
     return shown
 
 
+def whole(question: Any) -> list[int]:
+    """What is read and what is asked behind it."""
+    return [*question.text, *question.ids]
+
+
 @pytest.mark.parametrize("name", MADE)
 def test_what_is_made_up_has_its_length_and_is_the_same_each_time(name: str) -> None:
     case = only(name, samples=3)
@@ -48,10 +53,10 @@ def test_what_is_made_up_has_its_length_and_is_the_same_each_time(name: str) -> 
         assert 898 <= question.tokens <= 902
         json.dumps(dict(question.facts))
     again = only(name, samples=3)
-    assert [q.ids for q in questions] == [again.make(n).ids for n in range(3)]  # type: ignore[attr-defined]
-    assert questions[0].ids != questions[1].ids  # type: ignore[attr-defined]
+    assert [whole(q) for q in questions] == [whole(again.make(n)) for n in range(3)]
+    assert whole(questions[0]) != whole(questions[1])
     other = only(name, samples=3, seed=1)
-    assert questions[0].ids != other.make(0).ids  # type: ignore[attr-defined]
+    assert whole(questions[0]) != whole(other.make(0))
 
 
 def test_what_is_hidden_in_another_text_is_another_question(tmp_path: Path) -> None:
@@ -76,7 +81,7 @@ def test_what_is_hidden_in_another_text_is_another_question(tmp_path: Path) -> N
 def test_recall_asks_for_a_segment_that_stands_in_the_text() -> None:
     question = only("recall").make(0)
     assert isinstance(question, Recite)
-    told, marker, given = text(question.ids).partition("[repeat random segment]:")
+    told, marker, given = text(whole(question)).partition("[repeat random segment]:")
     assert marker and given + text(question.answer) in told
 
 
@@ -89,7 +94,7 @@ def test_needles_are_in_the_text_once_and_the_references_are_those_of_the_word(
     for n in range(5):
         question = only(f"ruler-{kind}").make(n)
         assert isinstance(question, Say)
-        shown = text(question.ids)
+        shown = text(whole(question))
         references = question.facts["references"]
         assert len(references) == count
         word = shown.rpartition(" mentioned in")[0].rpartition(" ")[2]
@@ -104,7 +109,7 @@ def test_needles_are_in_the_text_once_and_the_references_are_those_of_the_word(
 def test_variables_are_a_chain_of_one_value() -> None:
     question = only("ruler-vt").make(0)
     assert isinstance(question, Say)
-    shown, names = text(question.ids), question.facts["references"]
+    shown, names = text(whole(question)), question.facts["references"]
     value = shown.partition(f"VAR {names[0]} = ")[2][:5]
     assert value.isdigit() and len(names) == 5
     places = [shown.index(f"VAR {names[0]} = {value}")]
@@ -118,7 +123,7 @@ def test_common_words_come_ten_times_as_often_as_others() -> None:
     question = only("ruler-cwe", lengths=(4500,)).make(0)
     assert isinstance(question, Say)
     assert 4300 < question.tokens <= 4500
-    listed = text(question.ids).partition("\n")[2].partition("\nQuestion")[0].split()
+    listed = text(whole(question)).partition("\n")[2].partition("\nQuestion")[0].split()
     words = [w for w in listed if not w.rstrip(".").isdigit()]
     counts = {word: words.count(word) for word in set(words)}
     common = question.facts["references"]
@@ -135,7 +140,7 @@ def test_the_answer_of_a_story_follows_from_its_facts(kind: str) -> None:
         question = only(f"babilong-{kind}").make(n)
         assert isinstance(question, Say)
         answer = question.facts["answer"]
-        shown = text(question.ids)
+        shown = text(whole(question))
         asked = shown.rpartition("Where is ")[2].partition("?")[0]
         who = asked
         if kind == "qa2":
@@ -239,7 +244,7 @@ def test_rows_become_questions(name: str, tmp_path: Path) -> None:
     assert case.count == (2 if name == "longqa" else 1)
     question = case.make(0)
     assert isinstance(question, Say | Choose)
-    shown = text(question.ids)
+    shown = text(whole(question))
     if isinstance(question, Choose):
         assert [text(c) for c in question.choices] == [" One", " Two", " Three", " Four"]
         assert question.gold == 2

@@ -196,7 +196,7 @@ class StreamingLM(TemplateLM):
             # Continuations of the same context come in a row: the choices of a question.
             for context, group in groupby(asked, key=lambda request: request[1]):
                 same = list(group)
-                memory = absorb(self.model, context)
+                memory = self._asked(context)
                 for (key, _, _), each in zip(
                     same, score_each(self.model, [ids for *_, ids in same], memory), strict=True
                 ):
@@ -250,9 +250,15 @@ class StreamingLM(TemplateLM):
     def _behind(self, contexts: Iterable[list[int]]) -> Iterator[Memory]:
         """A memory that has read each context; contexts that are equal in a row are read once."""
         for context, group in groupby(contexts):
-            memory = absorb(self.model, context)
+            memory = self._asked(context)
             for left in reversed(range(len(list(group)))):
                 yield memory.fork() if left else memory
+
+    def _asked(self, context: list[int]) -> Memory:
+        """Nobody says where in a context its question begins: all of it is asked."""
+        memory = Memory.for_model(self.model)
+        with memory.asked():
+            return absorb(self.model, context, memory)
 
     def _fitted(self, context: list[int], ids: list[int]) -> list[int]:
         """The context, cut at its beginning so that all but the last token fit into `max_length`."""

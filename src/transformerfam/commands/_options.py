@@ -36,6 +36,11 @@ GEOMETRY: dict[str, tuple[str | None, str]] = {
     ),
     "previous_fams": ("COUNT", "past states of the feedback memory that a block sees"),
     "fam_bias": ("SCORE", "added to the scores with which tokens look at the feedback memory"),
+    "fam_seen": (
+        None,
+        "which tokens look at the feedback memory: all, or those that are asked and said, so that "
+        "reading is as it is without one",
+    ),
     "attention": (None, "which past tokens a token sees"),
     "window": ("TOKENS", "window of swa, xl and longformer"),
     "global_positions": ("POSITIONS", "positions that see all and are seen by all (0,1,...)"),

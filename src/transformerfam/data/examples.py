@@ -40,10 +40,12 @@ class Example:
     Attributes:
         ids: (T,) token ids.
         weights: (T,); weights[i] is how much predicting ids[i] from the tokens before it counts.
+        asked_from: the first token that is asked, see `FamConfig.fam_seen`; those before it are read.
     """
 
     ids: Sequence[int]
     weights: Sequence[float]
+    asked_from: int = 0
 
     def __post_init__(self) -> None:
         if len(self.ids) != len(self.weights):

@@ -97,6 +97,8 @@ class PasskeyTexts:
             serve several sources.
         filler_share: how much all tokens that are not of an answer count, together, as a share of
             what the answers do.
+        asked_prose: so many tokens before the question are asked too (`FamConfig.fam_seen`), and of
+            what is no answer these and the question are all that counts.
         asked: how many of the keys are asked for, one question behind the other. `where` and what is
             said of a sample are about the last of them.
         chat: questions are put in the model's chat template, as `fam read --ask` does, and each
@@ -123,6 +125,7 @@ class PasskeyTexts:
         where: str | float = "start",
         filler: Sequence[str] | Haystack = DEFAULT_SENTENCES,
         filler_share: float = 0.0,
+        asked_prose: int = 0,
         asked: int = 1,
         chat: bool = False,
         seed: int = 0,
@@ -133,6 +136,7 @@ class PasskeyTexts:
         self.keys = keys
         self.where = where
         self.filler_share = filler_share
+        self.asked_prose = asked_prose
         self.asked = asked
         self._turns = Turns(tokenizer) if chat else None
         self.seed = seed
@@ -180,14 +184,16 @@ class PasskeyTexts:
             for key in _shuffled(rng, [k for k, place in enumerate(places) if place == border]):
                 ids += told[key]
         counted = sum(len(answer) for _, answer in questions)
-        others = len(ids) + sum(len(question) for question, _ in questions)
+        asked_from = max(0, len(ids) - self.asked_prose)
+        passed_over = asked_from if self.asked_prose else 0
+        others = len(ids) - passed_over + sum(len(question) for question, _ in questions)
         each = self.filler_share * counted / others
-        weights = [each] * len(ids)
+        weights = [0.0] * passed_over + [each] * (len(ids) - passed_over)
         for question, answer in questions:
             ids += question + answer
             weights += [each] * len(question) + [1.0] * len(answer)
         return PasskeySample(
-            example=Example(tuple(ids), tuple(weights)),
+            example=Example(tuple(ids), tuple(weights), asked_from),
             key=things[asked].key,
             depth=borders[places[asked]] / max(1, borders[-1]),
             answer=slice(len(ids) - len(answer), len(ids)),

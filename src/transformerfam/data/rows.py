@@ -87,7 +87,7 @@ class Mixture:
 
     Of every 1,000 draws each source gets its share, to the nearest one and at least one, in random
     order. So each source's draws are counted without gaps: what is read of it is what would be read
-    of it alone.
+    of it alone. A source whose texts are made up (`makes_up`) is asked for the number among all draws.
 
     Args:
         sources: the sources and their shares, of any sum; a share of 0 is never drawn from.
@@ -108,8 +108,10 @@ class Mixture:
 
     def draw(self, number: int) -> Example:
         """See `Source`."""
-        source, own = self.place(number)
-        return self._sources[source].draw(own)
+        place, own = self.place(number)
+        source = self._sources[place]
+        # What makes up its texts has none to leave out, and may have to know in which step it is.
+        return source.draw(number if getattr(source, "makes_up", False) else own)
 
     def place(self, number: int) -> tuple[int, int]:
         """Which source the `number`-th draw is from, and which of that source's draws it is."""
@@ -167,17 +169,26 @@ class Piece:
         targets: (T,), the token after each of them.
         weights: (T,), how much predicting targets[i] after inputs[..i] counts.
         fresh: this begins a stream: no state is carried into it.
+        asked_from: the first token that is asked, see `Example`.
     """
 
     inputs: Sequence[int]
     targets: Sequence[int]
     weights: Sequence[float]
     fresh: bool
+    asked_from: int = 0
 
     @classmethod
-    def of(cls, ids: Sequence[int], weights: Sequence[float], *, fresh: bool = True) -> Piece:
+    def of(
+        cls,
+        ids: Sequence[int],
+        weights: Sequence[float],
+        *,
+        fresh: bool = True,
+        asked_from: int = 0,
+    ) -> Piece:
         """The piece of T + 1 tokens: all but the last are read, all but the first are told."""
-        return cls(ids[:-1], ids[1:], weights[1:], fresh)
+        return cls(ids[:-1], ids[1:], weights[1:], fresh, asked_from)
 
 
 @dataclass(frozen=True)
@@ -350,7 +361,7 @@ class SingleRow(RowReader):
                 "raise it, or leave such examples out."
             )
         self._pieces += 1
-        return Piece.of(example.ids, example.weights)
+        return Piece.of(example.ids, example.weights, asked_from=example.asked_from)
 
 
 class DocumentRow(RowReader):
@@ -366,7 +377,12 @@ class DocumentRow(RowReader):
             self._turn_over(2)
         example, start = self._present(), self._offset
         part = slice(start, start + self.length + 1)
-        piece = Piece.of(example.ids[part], example.weights[part], fresh=start == 0)
+        piece = Piece.of(
+            example.ids[part],
+            example.weights[part],
+            fresh=start == 0,
+            asked_from=max(0, example.asked_from - start),
+        )
         self._offset += len(piece.inputs)
         self._pieces += 1
         return piece

@@ -78,7 +78,8 @@ def _question(
     budget = length - len(beginning) - len(asked) - MOST_NEW_TOKENS
     hidden, depths = wanted.haystack.hide(rng, needles, budget)
     return Say(
-        ids=[*beginning, *hidden, *asked],
+        text=[*beginning, *hidden],
+        ids=asked,
         most=MOST_NEW_TOKENS,
         score=partial(_score, story, answers),
         decode=wanted.tokenizer.decode,

@@ -138,15 +138,16 @@ def _question(asked: Asked, source: Source, wanted: Wanted, words: rouge.Words |
     if wanted.most_tokens is not None and len(document) > wanted.most_tokens:
         document = document[: wanted.most_tokens]
         facts["cut"] = True
-    ids = [*start_tokens(wanted.tokenizer), *before, *document, *after]
+    text = [*start_tokens(wanted.tokenizer), *before, *document]
     if asked.choices:
         choices = [encode(f" {choice}", first=False) for choice in asked.choices]
         gold = asked.choices.index(asked.answers[0])
-        return Choose(ids, choices, gold, [len(choice) for choice in asked.choices], facts)
+        sizes = [len(choice) for choice in asked.choices]
+        return Choose(after, choices, gold, sizes, facts, text=text)
     newline = encode("\n", first=False)
     stop = [t for t in (wanted.tokenizer.eos_token_id, *newline[-1:]) if t is not None]
     score = partial(_score, tuple(asked.answers), words)
-    return Say(ids, source.most, score, wanted.tokenizer.decode, stop, facts)
+    return Say(after, source.most, score, wanted.tokenizer.decode, stop, facts, text=text)
 
 
 # ---- scores

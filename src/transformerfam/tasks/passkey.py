@@ -45,6 +45,6 @@ def cases(name: str, wanted: Wanted) -> list[Case]:
 
 def _question(name: str, wanted: Wanted, texts: PasskeyTexts, length: int, number: int) -> Recite:
     sample = texts.sample(wanted.rng(name, length, number), length)
-    ids, start = sample.example.ids, sample.answer.start
+    ids, asked, start = sample.example.ids, sample.example.asked_from, sample.answer.start
     facts = {"depth": round(sample.depth, 4), "key": sample.key}
-    return Recite(ids[:start], ids[start:], facts)
+    return Recite(ids[asked:start], ids[start:], facts, text=ids[:asked])

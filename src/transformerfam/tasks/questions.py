@@ -20,6 +20,7 @@ from typing import Any, Protocol
 
 import torch
 
+from transformerfam.memory import Memory
 from transformerfam.report import bits_per_byte
 from transformerfam.stream import absorb, generate, read, score_each
 
@@ -49,22 +50,24 @@ class Recite:
     the answer's tokens before it, so one pass over both tells.
 
     Attributes:
-        ids: what is read.
+        ids: what is asked, a text before it or not.
         answer: tokens to say.
+        text: what is read before `ids`, see `_behind`.
     """
 
     ids: Sequence[int]
     answer: Sequence[int]
     facts: Mapping[str, Any] = field(default_factory=dict)
+    text: Sequence[int] = ()
 
     @property
     def tokens(self) -> int:
         """See `Question`."""
-        return len(self.ids) + len(self.answer)
+        return len(self.text) + len(self.ids) + len(self.answer)
 
     def ask(self, model: Any) -> Metrics:
         """`exact`: all of it right. `tokens`: share of its tokens that are the likeliest."""
-        memory = absorb(model, self.ids)
+        memory = _behind(model, self.text, self.ids)
         hits = torch.cat([chunk.hits for chunk in read(model, self.answer, memory)])
         return {"exact": float(hits.all()), "tokens": float(hits.float().mean())}
 
@@ -74,10 +77,11 @@ class Choose:
     """Which of several continuations is the likeliest.
 
     Attributes:
-        ids: what is read.
+        ids: what is asked, a text before it or not.
         choices: tokens of each continuation.
         gold: index of the right one.
         lengths: length of each for `accuracy_norm`, mostly in characters; empty: in tokens.
+        text: what is read before `ids`, see `_behind`.
     """
 
     ids: Sequence[int]
@@ -85,15 +89,17 @@ class Choose:
     gold: int
     lengths: Sequence[int] = ()
     facts: Mapping[str, Any] = field(default_factory=dict)
+    text: Sequence[int] = ()
 
     @property
     def tokens(self) -> int:
         """See `Question`."""
-        return len(self.ids) + max(map(len, self.choices))
+        return len(self.text) + len(self.ids) + max(map(len, self.choices))
 
     def ask(self, model: Any) -> Metrics:
         """`accuracy`: by log p. `accuracy_norm`: by log p over length."""
-        scores = [-each.nats for each in score_each(model, self.choices, absorb(model, self.ids))]
+        memory = _behind(model, self.text, self.ids)
+        scores = [-each.nats for each in score_each(model, self.choices, memory)]
         lengths = self.lengths or [len(ids) for ids in self.choices]
         normed = [score / length for score, length in zip(scores, lengths, strict=True)]
         return {
@@ -126,7 +132,7 @@ class Fit:
 
     def ask(self, model: Any) -> Metrics:
         """`accuracy`: by log p of the continuation alone."""
-        memories = (absorb(model, ids) for ids in self.contexts)
+        memories = (_behind(model, (), ids) for ids in self.contexts)
         scores = [-sum(c.nats for c in read(model, self.continuation, m)) for m in memories]
         return {"accuracy": float(scores.index(max(scores)) == self.gold)}
 
@@ -136,11 +142,12 @@ class Say:
     """Speak freely after a text; the task scores what was said.
 
     Attributes:
-        ids: what is read.
+        ids: what is asked, a text before it or not.
         most: most tokens to say.
         score: text that was said -> metrics.
         decode: token ids -> text.
         stop: token ids that end the answer.
+        text: what is read before `ids`, see `_behind`.
     """
 
     ids: Sequence[int]
@@ -149,15 +156,17 @@ class Say:
     decode: Callable[[list[int]], str]
     stop: Sequence[int] = ()
     facts: Mapping[str, Any] = field(default_factory=dict)
+    text: Sequence[int] = ()
 
     @property
     def tokens(self) -> int:
         """See `Question`."""
-        return len(self.ids) + self.most
+        return len(self.text) + len(self.ids) + self.most
 
     def ask(self, model: Any) -> Metrics:
         """What `score` gives, and the text itself as `said`."""
-        ids = generate(model, self.ids, max_new_tokens=self.most, stop=self.stop)
+        memory = absorb(model, self.text)
+        ids = generate(model, self.ids, memory, max_new_tokens=self.most, stop=self.stop)
         said = self.decode(list(ids))
         return {**self.score(said), "said": said}
 
@@ -210,3 +219,13 @@ class Follow:
             "nats": nats,
             "right": right,
         }
+
+
+def _behind(model: Any, text: Sequence[int], ids: Sequence[int]) -> Memory:
+    """A memory that has read `text` and then `ids`, and sees FAM from `ids` on.
+
+    It matters where tokens see FAM only if they are asked (`FamConfig.fam_seen`).
+    """
+    memory = absorb(model, text)
+    memory.asking = True
+    return absorb(model, ids, memory)

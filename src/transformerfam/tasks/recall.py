@@ -37,5 +37,6 @@ def _question(wanted: Wanted, length: int, number: int) -> Recite:
     prose = [token for ids in sentences for token in ids]
     place = rng.randrange(len(prose) - SEGMENT + 1)
     segment = prose[place : place + SEGMENT]
-    ids = [*start, *prose, *marker, *segment[:GIVEN]]
-    return Recite(ids, segment[GIVEN:], {"depth": round(place / len(prose), 4)})
+    asked = [*marker, *segment[:GIVEN]]
+    facts = {"depth": round(place / len(prose), 4)}
+    return Recite(asked, segment[GIVEN:], facts, text=[*start, *prose])

@@ -54,9 +54,10 @@ def _question(kind: str, wanted: Wanted, length: int, number: int) -> Say:
     rng = wanted.rng("ruler", kind, length, number)
     make = {"vt": _variables, "cwe": _common_words}.get(kind, partial(_needles, kind))
     most = MOST_NEW_TOKENS.get(kind, 128)
-    ids, references = make(wanted, rng, length - most)
+    text, asked, references = make(wanted, rng, length - most)
     return Say(
-        ids=ids,
+        text=text,
+        ids=asked,
         most=most,
         score=partial(_score, references),
         decode=wanted.tokenizer.decode,
@@ -72,19 +73,19 @@ def _score(references: Sequence[str], said: str) -> Metrics:
 
 def _between(
     wanted: Wanted, rng: random.Random, before: str, needles: Sequence[str], after: str, length: int
-) -> list[int]:
-    """Token ids of prose with needles in it, between two texts."""
+) -> tuple[list[int], list[int]]:
+    """Token ids of prose with needles in it behind a text, and of what is asked then."""
     encode = wanted.encoder.encode
     start = [*start_tokens(wanted.tokenizer), *encode(before, first=True)]
     end = encode(after, first=False)
     hidden = [encode(f" {needle}", first=False) for needle in needles]
     ids, _ = wanted.haystack.hide(rng, hidden, length - len(start) - len(end))
-    return [*start, *ids, *end]
+    return [*start, *ids], end
 
 
 def _needles(
     kind: str, wanted: Wanted, rng: random.Random, length: int
-) -> tuple[list[int], list[str]]:
+) -> tuple[list[int], list[int], list[str]]:
     keys, values = _NEEDLES[kind]
     words = rng.sample(wanted.words, keys)
     numbers = [[str(rng.randrange(1_000_000, 10_000_000)) for _ in range(values)] for _ in words]
@@ -107,10 +108,12 @@ def _needles(
         f"The special magic number{'s' if several else ''} for {words[0]} mentioned in the provided "
         f"text {be}"
     )
-    return _between(wanted, rng, before, needles, after, length), numbers[0]
+    return *_between(wanted, rng, before, needles, after, length), numbers[0]
 
 
-def _variables(wanted: Wanted, rng: random.Random, length: int) -> tuple[list[int], list[str]]:
+def _variables(
+    wanted: Wanted, rng: random.Random, length: int
+) -> tuple[list[int], list[int], list[str]]:
     names: list[str] = []
     while len(names) <= _HOPS:
         name = "".join(rng.choices(string.ascii_uppercase, k=5))
@@ -126,10 +129,12 @@ def _variables(wanted: Wanted, rng: random.Random, length: int) -> tuple[list[in
         "Answer: According to the chain(s) of variable assignment in the text above, "
         f"{len(names)} variables are assigned the value {value}, they are:"
     )
-    return _between(wanted, rng, before, needles, after, length), names
+    return *_between(wanted, rng, before, needles, after, length), names
 
 
-def _common_words(wanted: Wanted, rng: random.Random, length: int) -> tuple[list[int], list[str]]:
+def _common_words(
+    wanted: Wanted, rng: random.Random, length: int
+) -> tuple[list[int], list[int], list[str]]:
     encode = wanted.encoder.encode
     before = (
         "Below is a numbered list of words. In these words, some appear more often than others. "
@@ -157,4 +162,4 @@ def _common_words(wanted: Wanted, rng: random.Random, length: int) -> tuple[list
     if count < 0:
         least = len(start) + len(listed(0)) + len(end) + MOST_NEW_TOKENS["cwe"]
         raise UserError(f"The common words of ruler-cwe alone take {least:,} tokens; ask at more.")
-    return [*start, *listed(count), *end], common
+    return [*start, *listed(count)], end, common

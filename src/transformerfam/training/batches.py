@@ -25,6 +25,7 @@ class Batch:
         weights: (R, T) float, how much predicting that target counts.
         valid: (R, T) bool, False where a shorter row is filled up; None: nowhere.
         fresh: for each row whether it begins a new stream.
+        asked_from: for each row its first column that is asked (`FamConfig.fam_seen`); empty: 0 in all.
     """
 
     inputs: Tensor
@@ -32,6 +33,7 @@ class Batch:
     weights: Tensor
     valid: Tensor | None
     fresh: tuple[bool, ...]
+    asked_from: tuple[int, ...] = ()
 
     @classmethod
     def of(cls, pieces: Sequence[Piece]) -> Batch:
@@ -45,6 +47,7 @@ class Batch:
             weights=_rows([p.weights for p in pieces], longest, torch.float32),
             valid=None if bool(valid.all()) else valid,
             fresh=tuple(p.fresh for p in pieces),
+            asked_from=tuple(p.asked_from for p in pieces),
         )
 
     @property
@@ -67,26 +70,46 @@ class Batch:
         if more <= 0:
             return self
         valid = torch.ones_like(self.inputs, dtype=torch.bool) if self.valid is None else self.valid
-        return Batch(
-            pad(self.inputs, (0, more)),
-            pad(self.targets, (0, more)),
-            pad(self.weights, (0, more)),
-            pad(valid, (0, more)),
-            self.fresh,
+        return replace(
+            self,
+            inputs=pad(self.inputs, (0, more)),
+            targets=pad(self.targets, (0, more)),
+            weights=pad(self.weights, (0, more)),
+            valid=pad(valid, (0, more)),
         )
 
     def segments(self, size: int) -> Iterator[Batch]:
         """Cut along time into pieces of `size` tokens; 0: not at all."""
         size = size or self.inputs.shape[1]
         for start in range(0, self.inputs.shape[1], size):
-            cut = slice(start, start + size)
-            yield Batch(
-                self.inputs[:, cut],
-                self.targets[:, cut],
-                self.weights[:, cut],
-                None if self.valid is None else self.valid[:, cut],
-                self.fresh,
-            )
+            yield self._cut(start, start + size)
+
+    def parts(self, size: int) -> tuple[Batch | None, Batch | None]:
+        """Cut into what is read and what is asked, in whole pieces of `size` tokens: the first part
+        has no column that any row asks. None: there is no such part.
+        """
+        columns = self.inputs.shape[1]
+        first = min(*self.asked_from, columns) if self.asked_from else 0
+        border = columns if first == columns else first // size * size
+        read = self._cut(0, border) if border else None
+        return read, self._cut(border, columns) if border < columns else None
+
+    @property
+    def asked(self) -> Tensor:
+        """(R, T) bool on the CPU: which tokens are asked."""
+        first = torch.tensor(self.asked_from or (0,) * len(self.fresh))
+        return torch.arange(self.inputs.shape[1]) >= first[:, None]
+
+    def _cut(self, start: int, stop: int) -> Batch:
+        columns = slice(start, stop)
+        return Batch(
+            self.inputs[:, columns],
+            self.targets[:, columns],
+            self.weights[:, columns],
+            None if self.valid is None else self.valid[:, columns],
+            self.fresh,
+            tuple(max(0, first - start) for first in self.asked_from),
+        )
 
 
 def _rows(values: Sequence[Sequence[float]], longest: int, dtype: torch.dtype) -> Tensor:

@@ -221,11 +221,12 @@ def _check_source(recipe: Recipe, source: SourceSettings, key: str) -> None:
         source.asked <= source.keys,
         f"{key}.asked={source.asked}, and there are {key}.keys={source.keys}; ask for fewer.",
     )
-    _at_least(0, key, source, ["filler_share"])
+    _at_least(0, key, source, ["filler_share", "asked_prose"])
     _place(f"{key}.where", source.where)
     _refuse_unless(
-        1 <= len(source.lengths) <= 2,
-        f"{key}.lengths must be a shortest and a longest length, not {list(source.lengths)}.",
+        bool(source.lengths),
+        f"{key}.lengths must be a shortest and a longest length, or those that there may be; it is "
+        "empty.",
     )
     _ascending(f"{key}.lengths", source.lengths)
     step, shortest, longest = source.lengths_in_steps_of, source.lengths[0], source.lengths[-1]
@@ -328,12 +329,6 @@ def _check_run(recipe: Recipe) -> None:
     _at_least(1, "run", run, ["steps", "keep_checkpoints", "log_every"])
     _at_least(0, "run", run, ["minutes", "seed", "checkpoint_every"])
     _above_zero("run", run, ["explode_at"])  # inf: never
-    _refuse_unless(
-        not run.minutes or recipe.optimizer.schedule == "constant",
-        f"run.minutes={run.minutes:g} ends the run at a step that nobody knows before, and "
-        f'optimizer.schedule="{recipe.optimizer.schedule}" falls towards the last one; set one of them '
-        "back to its default.",
-    )
 
 
 def _check_recording(recipe: Recipe) -> None:
@@ -351,6 +346,10 @@ def _check_recording(recipe: Recipe) -> None:
         "train.dropout": recipe.train.dropout,
         f'fam.recurrence="{recipe.fam.recurrence}"': recipe.fam.through_stack,
     }
+    if recipe.fam.fam_seen == "asked":
+        read = any(s.filler_share and not s.asked_prose for s in recipe.data.sources)
+        wrong["feedback.bptt_blocks"] = feedback.bptt_blocks
+        wrong["filler_share without asked_prose"] = read
     found = [name for name, is_set in wrong.items() if is_set]
     _refuse_unless(
         not found,

@@ -26,3 +26,8 @@ class Clock:
     def left(self) -> float | None:
         """Seconds until the limit, below 0 behind it; None: there is none."""
         return self._limit - self.seconds if self._limit else None
+
+    @property
+    def gone(self) -> float:
+        """Share of the limit that was taken, 0 to 1; 0: there is none."""
+        return min(1.0, self.seconds / self._limit) if self._limit else 0.0

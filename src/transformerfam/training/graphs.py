@@ -44,7 +44,7 @@ class RecordedStepper(Stepper):
         super().__init__(accelerator, model, base, recipe)
         self._length = 0
         self._pool: Any = None
-        self._recordings: dict[tuple[int, int, Beginning], Recording] = {}
+        self._recordings: dict[tuple[int, int, Beginning, int, int], Recording] = {}
         # By rows and past blocks: where streams stand.
         self._streams: dict[tuple[int, int], Streams] = {}
         trained = [p for p in model.parameters() if p.requires_grad]
@@ -56,7 +56,9 @@ class RecordedStepper(Stepper):
         longest = max(self.longest, *(batch.inputs.shape[1] for batch in batches))
         segment = self.feedback.bptt_blocks * self.base.fam_config.block_size
         length = min(longest, segment) if segment else longest
-        if length > self._length:
+        if self._pool is None and self._some_ask:
+            self._pool = graph_pool()
+        elif length > self._length and not self._some_ask:
             self._recordings.clear()  # before there is room for others
             self._streams.clear()
             self._length, self._pool = length, graph_pool()
@@ -67,6 +69,9 @@ class RecordedStepper(Stepper):
     ) -> tuple[float, Memory]:
         self._give_gradients()
         size, B = self._length, self.base.fam_config.block_size
+        if self._some_ask:
+            # What is read is the longer part by far: a recording for each length.
+            size = -(-batch.inputs.shape[1] // B) * B
         whole = batch.filled_up(-(-batch.inputs.shape[1] // size) * size)
         # The first row's last whole block: its FAM is the one that may be passed on.
         last = (
@@ -76,7 +81,7 @@ class RecordedStepper(Stepper):
         summed, left = 0.0, memory
         self._said = torch.zeros(2, memory.rows, dtype=torch.bool)
         for segment in whole.segments(size):
-            played = self._recording(begins, memory)
+            played = self._recording(begins, memory, segment)
             loss, said = played.play(segment, 1 / total if total else 0.0, last)
             summed += loss
             self._said |= said
@@ -87,29 +92,36 @@ class RecordedStepper(Stepper):
         self._count()
         return summed, left
 
-    def _recording(self, begins: Beginning, memory: Memory) -> Recording:
+    def _recording(self, begins: Beginning, memory: Memory, segment: Batch) -> Recording:
         """What is played for streams that begin like those of `memory`, under the step's geometry."""
-        key = memory.rows, self.base.fam_config.memory_segments, begins
+        length, read = segment.inputs.shape[1], 0
+        if self._some_ask:
+            before, _ = segment.parts(self.base.fam_config.block_size)
+            read = 0 if before is None else before.inputs.shape[1]
+        key = memory.rows, self.base.fam_config.memory_segments, begins, length, read
         streams = self._streams.setdefault(key[:2], Streams())
         if begins == "passed":
             streams.pass_on(memory)
         if key not in self._recordings:
-            self._recordings[key] = self._record(begins, memory.rows, streams)
+            self._recordings[key] = self._record(begins, memory.rows, streams, length, read)
         return self._recordings[key]
 
-    def _record(self, begins: Beginning, rows: int, streams: Streams) -> Recording:
+    def _record(
+        self, begins: Beginning, rows: int, streams: Streams, length: int, read: int
+    ) -> Recording:
         """A new recording; it was run to be made, and leaves nothing of that behind."""
         touched = [*(gradient for _, gradient in self._gradients), *streams.tensors()]
         before = [tensor.clone() for tensor in touched]
         made = Recording(
             self.model,
             Memory.for_model(self.base, rows),
-            self._length,
+            length,
             begins,
             streams,
             counts_right=self._counts_right,
             writes=bool(self.feedback.state_passing),
             goes_on=bool(self.feedback.bptt_blocks),
+            read=read if self._some_ask else None,
             pool=self._pool,
         )
         torch._foreach_copy_(touched, before)
@@ -184,6 +196,7 @@ class Recording:
         counts_right: look whose answers are said right.
         writes: leave behind what the first row has written.
         goes_on: leave behind where streams stand.
+        read: columns before all that are asked (`FamConfig.fam_seen`); None: all tokens see FAM.
         pool: memory that is shared with other recordings, none of which plays at the same time.
     """
 
@@ -198,6 +211,7 @@ class Recording:
         counts_right: bool,
         writes: bool,
         goes_on: bool,
+        read: int | None,
         pool: Any,
     ) -> None:
         self.streams = streams
@@ -207,10 +221,12 @@ class Recording:
         self._counts_right = counts_right
         self._writes = writes
         self._goes_on = goes_on
+        self._read = read
         device = next(model.parameters()).device
         self._inputs = torch.zeros(memory.rows, length, dtype=torch.long, device=device)
         self._targets = torch.zeros_like(self._inputs)
         self._weights = torch.zeros(memory.rows, length, device=device)
+        self._asked = torch.ones_like(self._inputs, dtype=torch.bool)
         self._share = torch.zeros((), device=device)
         self._last = torch.zeros(1, dtype=torch.long, device=device)
         self._made: dict[Any, Any] = {}
@@ -231,6 +247,7 @@ class Recording:
         self._inputs.copy_(batch.inputs)
         self._targets.copy_(batch.targets)
         self._weights.copy_(batch.weights)
+        self._asked.copy_(batch.asked)
         self._share.fill_(share)
         self._last.fill_(
             min(max(last, 0), self._inputs.shape[1] // self._memory.config.block_size - 1)
@@ -241,19 +258,16 @@ class Recording:
 
     def _run(self) -> Tensor:
         memory, written = self._beginning(), _Written()
-        with keeping(self._made):
-            logits = self._model(
-                input_ids=self._inputs,
-                past_key_values=memory,
-                use_cache=memory is not None,
-                **({"fam_observer": written} if self._writes else {}),
-            ).logits
+        if self._read:
+            # Nothing that is read counts, and FAM is all that its gradient goes along.
+            self._logits(slice(0, self._read), memory, written, logits_to_keep=1)
+        columns = slice(self._read or 0, None)
+        logits = self._logits(columns, memory, written)
+        targets, weights = self._targets[:, columns], self._weights[:, columns]
         said = self._weights.new_zeros(2, self._memory.rows)
         if self._counts_right:
-            said = answers_said(logits.detach(), self._targets, self._weights)
-        summed = weighted_cross_entropy(
-            logits.flatten(0, 1), self._targets.flatten(), self._weights.flatten()
-        )
+            said = answers_said(logits.detach(), targets, weights)
+        summed = weighted_cross_entropy(logits.flatten(0, 1), targets.flatten(), weights.flatten())
         (summed * self._share).backward()
         # Only now: the backward pass has read what the segment began with.
         if written.fams:
@@ -262,9 +276,26 @@ class Recording:
             self.streams.go_on(memory)
         return torch.cat([summed.detach()[None], said.flatten().to(summed.dtype)])
 
+    def _logits(
+        self, columns: slice, memory: Memory | None, written: _Written, **more: Any
+    ) -> Tensor:
+        """What the model says at some columns."""
+        if self._writes:
+            more["fam_observer"] = written
+        if self._read is not None and columns.start == self._read:
+            more["fam_asked"] = self._asked[:, columns]
+        with keeping(self._made.setdefault(columns.start, {})):
+            logits: Tensor = self._model(
+                input_ids=self._inputs[:, columns],
+                past_key_values=memory,
+                use_cache=memory is not None,
+                **more,
+            ).logits
+        return logits
+
     def _beginning(self) -> Memory | None:
         """The memory with which the segment begins; None: an empty one, of which nothing is kept."""
-        if self._begins == "anew" and not self._goes_on:
+        if self._begins == "anew" and not self._goes_on and not self._read:
             return None
         memory = self._memory.fork()
         if self._begins == "passed":

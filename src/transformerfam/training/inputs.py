@@ -9,7 +9,7 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from transformerfam.data.examples import BadRow, Example, from_row, repeat_marker
 from transformerfam.data.facts import FactTexts
@@ -38,6 +38,7 @@ class PasskeySource:
     Attributes:
         texts: makes them.
         rows: of a step.
+        seed: of lengths; sources that share it and have the same lengths are as long in each step.
         longest: none is longer, unless all lengths are; None: no limit.
         alike: whether those of a step are as long as each other; else each has a length of its own.
     """
@@ -46,11 +47,13 @@ class PasskeySource:
     rows: int
     longest: int | None = None
     alike: bool = True
+    seed: int = 0
+    makes_up: ClassVar[bool] = True
 
     def draw(self, number: int) -> Example:
         """See `Source`."""
         shared = number // self.rows if self.alike else number
-        length = random.Random(f"{self.texts.seed}/length/{shared}").choice(self._lengths())
+        length = random.Random(f"{self.seed}/length/{shared}").choice(self._lengths())
         return self.texts.example(random.Random(f"{self.texts.seed}/passkey/{number}"), length)
 
     def _lengths(self) -> Sequence[int]:
@@ -182,15 +185,19 @@ def _source(
         digits=settings.digits,
         keys=settings.keys,
         where=settings.where,
-        filler=prose.of(settings.filler, settings.digits),
+        filler=prose.of(settings.filler or recipe.data.filler, settings.digits),
         filler_share=settings.filler_share,
+        asked_prose=settings.asked_prose,
         asked=settings.asked,
         chat=settings.chat,
         seed=seed,
     )
     _check_room(texts, f"data.sources.{place}.lengths")
     longest = recipe.data.begin_length or None
-    return PasskeySource(texts, recipe.data.batch_size, longest, settings.lengths_alike)
+    alike = settings.lengths_alike
+    return PasskeySource(
+        texts, recipe.data.batch_size, longest, alike, seed=recipe.run.seed if alike else seed
+    )
 
 
 def _check_room(texts: PasskeyTexts, key: str) -> None:

@@ -93,22 +93,23 @@ def make_optimizer(
     )
 
 
-def rate_at(step: int, settings: OptimizerSettings, steps: int) -> float:
+def rate_at(step: int, settings: OptimizerSettings, steps: int, gone: float = 0.0) -> float:
     """The learning rate of a step.
 
     Args:
         step: steps done before, from 0.
         settings: highest rate, warm-up and schedule.
         steps: steps of the whole run, which the schedule falls over.
+        gone: share of the run's time that was taken, if that may end it before the last step.
 
     Returns:
         In warm-up (step + 1) / warmup_steps of the highest rate, so that no step is lost. Then all of
-        it, or falling, so that the step after the last would have 0.
+        it, or falling, so that the step after the last, or one when the time is up, would have 0.
     """
     warmup = settings.warmup_steps
     if step < warmup:
         return settings.learning_rate * (step + 1) / warmup
-    done = min(1.0, (step - warmup) / max(1, steps - warmup))
+    done = min(1.0, max((step - warmup) / max(1, steps - warmup), gone))
     factor = {
         "constant": 1.0,
         "linear": 1.0 - done,

@@ -88,18 +88,24 @@ class Passkey:
                 batch = [s for s in samples if len(s.example.ids) == same]
                 ids = torch.tensor([list(s.example.ids) for s in batch])
                 answers = [s.answer for s in batch]
-                right += sum(said_right(model, ids, answers))
+                asked_from = min(s.example.asked_from for s in batch)
+                right += sum(said_right(model, ids, answers, asked_from))
         return right / self.samples
 
 
 @torch.no_grad()
-def said_right(model: Any, ids: Tensor, answers: Sequence[slice]) -> list[bool]:
+def said_right(
+    model: Any, ids: Tensor, answers: Sequence[slice], asked_from: int | None = None
+) -> list[bool]:
     """For each row of ids (R, T) whether greedy decoding says its answer.
+
+    Tokens see FAM from `asked_from` on, if that is before the answers, see `FamConfig.fam_seen`.
 
     Greedy decoding says exactly the answer if every token of it is the likeliest after the text and
     the answer's tokens before it; so one pass over text and answer tells.
     """
     start = min(a.start for a in answers) - 1
+    start = start if asked_from is None else min(start, asked_from)
     logits = logits_from(model, ids, start)
     said = logits.argmax(-1).cpu()  # (R, T - start): the token after each of them
     return [
@@ -110,7 +116,10 @@ def said_right(model: Any, ids: Tensor, answers: Sequence[slice]) -> list[bool]:
 
 @torch.no_grad()
 def logits_from(model: Any, ids: Tensor, start: int) -> Tensor:
-    """(R, T - start, vocabulary): predictions after the tokens from `start` on, of a stream (R, T)."""
+    """(R, T - start, vocabulary): predictions after the tokens from `start` on, of a stream (R, T).
+
+    They are asked, see `FamConfig.fam_seen`.
+    """
     config = model.fam_config
     memory = Memory.for_model(model, len(ids))
     blocks = max(1, min(_CHUNK_BLOCKS, _CHUNK_TOKENS // (len(ids) * config.block_size)))
@@ -118,5 +127,6 @@ def logits_from(model: Any, ids: Tensor, start: int) -> Tensor:
     for chunk in ids[:, :start].split(blocks * config.block_size, dim=1):
         if chunk.shape[1]:
             model(input_ids=chunk.to(device), past_key_values=memory, logits_to_keep=1)
-    rest: Tensor = model(input_ids=ids[:, start:].to(device), past_key_values=memory).logits
+    with memory.asked():
+        rest: Tensor = model(input_ids=ids[:, start:].to(device), past_key_values=memory).logits
     return rest

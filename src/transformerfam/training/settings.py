@@ -75,7 +75,8 @@ class SourceSettings:
         "skip", "files: what to do about rows that cannot be used; they are counted and named"
     )
     lengths: tuple[int, ...] = _setting(
-        (2048, 18432), "passkey, facts: shortest and longest text, in tokens"
+        (2048, 18432),
+        "passkey, facts: shortest and longest text, in tokens; three and more: texts have one of these",
     )
     lengths_in_steps_of: int = _setting(
         1,
@@ -83,8 +84,8 @@ class SourceSettings:
     )
     lengths_alike: bool = _setting(
         True,
-        "passkey, facts: all rows of a step are as long as each other, if the source is alone; or each "
-        "as long as it comes, so that a memory cannot go by places",
+        "passkey, facts: all rows of a step are as long as each other, also those of other sources with "
+        "the same lengths; or each as long as it comes, so that a memory cannot go by places",
     )
     where: str | float = _setting(
         "start", "passkey, facts: where the key stands: `start`, `anywhere`, or a depth from 0 to 1"
@@ -104,6 +105,11 @@ class SourceSettings:
         0.0,
         "passkey, facts: weight of all tokens that are not of an answer, together, as a share of the "
         "weight of the answers; about 0.3 keeps a model from forgetting how to read",
+    )
+    asked_prose: int = _setting(
+        0,
+        'passkey, facts: with `fam_seen = "asked"` so many tokens before the question see FAM too, and '
+        "they and the question are all that filler_share is about",
     )
 
     def described(self, longest: int) -> str:
@@ -130,6 +136,7 @@ class DataSettings:
     micro_batch_size: int = _setting(
         0, "rows that one process computes at a time; 0: all of its rows"
     )
+    filler: str = _setting("", "the filler of sources of made-up texts that name none")
     begin_length: int = _setting(
         0,
         "texts made as needed are as short as this at first, and half as long again whenever their "
@@ -157,7 +164,9 @@ class OptimizerSettings:
     weight_decay: float = _setting(0.0, "decoupled weight decay")
     warmup_steps: int = _setting(20, "steps in which the rate rises from 0")
     schedule: Literal["constant", "linear", "cosine"] = _setting(
-        "constant", "the rate after warm-up: as the paper, or falling to 0 at the last step"
+        "constant",
+        "the rate after warm-up: as the paper, or falling to 0 at the last step or, if that comes first, "
+        "when run.minutes are over",
     )
     max_grad_norm: float = _setting(1.0, "longer gradients are cut to this norm; 0: never")
 

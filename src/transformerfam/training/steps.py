@@ -4,7 +4,9 @@ Knows how state goes from segment to segment and from step to step; knows neithe
 from nor what the optimizer does with gradients.
 
 A step reads its rows in segments of `bptt_blocks` blocks. Inside a segment gradients flow through
-memory segments and FAM; between segments the memory goes on and the gradient does not. Rows of the
+memory segments and FAM; between segments the memory goes on and the gradient does not. Where only some tokens see FAM
+(`fam_seen="asked"`) those before them are read in a call of their own, through which no gradient need
+go but along FAM. Rows of the
 `documents` layout go on in the next step; others begin anew, or with the FAM that the first row of
 the step before left behind (random state passing).
 """
@@ -181,32 +183,41 @@ class Stepper:
         The auxiliary losses of a row count as often as its tokens do, so that micro batches and
         processes add up to the same however rows are dealt out.
         """
-        counted = segment.weights.any(0)
+        extra = self._auxiliary()
+        if extra is not None:
+            summed = self._part_loss(segment, memory, {"fam_losses": extra})
+            return summed, (extra.total() * segment.weights.sum(1)).sum()
+        parts = segment.parts(self.base.fam_config.block_size) if self._some_ask else (segment,)
+        losses = [self._part_loss(part, memory, {}) for part in parts if part is not None]
+        return torch.stack(losses).sum(), 0.0
+
+    def _part_loss(self, part: Batch, memory: Memory, more: dict[str, Any]) -> Tensor:
+        counted = part.weights.any(0)
         # The head is computed where some row counts, and nowhere else.
         columns = counted.nonzero()[:, 0] if counted.any() else torch.zeros_like(counted[:1]).long()
         mask = None
-        extra = self._auxiliary()
-        if (self.feedback.state_passing or extra is not None) and segment.valid is not None:
+        if (self.feedback.state_passing or more) and part.valid is not None:
             # Only a FAM that is passed on, or looked at, can tell that a row was filled up.
-            mask = segment.valid
-        more = {} if extra is None else {"fam_losses": extra}
+            mask = part.valid
+        if self._some_ask and bool(part.asked.any()):
+            more = {**more, "fam_asked": part.asked.to(part.inputs.device)}
         logits = self.model(
-            input_ids=segment.inputs,
+            input_ids=part.inputs,
             attention_mask=mask,
             past_key_values=memory,
             use_cache=True,
             logits_to_keep=columns,
             **more,
         ).logits
+        targets, weights = part.targets[:, columns], part.weights[:, columns]
         if self._counts_right:
-            targets, weights = segment.targets[:, columns], segment.weights[:, columns]
             self._said |= answers_said(logits.detach(), targets, weights).cpu()
-        summed = weighted_cross_entropy(
-            logits.flatten(0, 1),
-            segment.targets[:, columns].flatten(),
-            segment.weights[:, columns].flatten(),
-        )
-        return summed, 0.0 if extra is None else (extra.total() * segment.weights.sum(1)).sum()
+        return weighted_cross_entropy(logits.flatten(0, 1), targets.flatten(), weights.flatten())
+
+    @property
+    def _some_ask(self) -> bool:
+        """Whether some tokens see FAM and others do not."""
+        return self.base.fam_config.fam_seen == "asked"
 
     def _count(self) -> None:
         """Add the rows of a batch to `right`: an answer may stand in several segments."""

@@ -219,7 +219,8 @@ class Trainer:
         began = time.monotonic()
         self.model.train()
         batches = self._batches()
-        rate = rate_at(step, self.recipe.optimizer, self.recipe.run.steps)
+        gone = self._sum(clock.gone) / self.accelerator.num_processes  # the same for all of them
+        rate = rate_at(step, self.recipe.optimizer, self.recipe.run.steps, gone)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.stepper.longest = self.curriculum.longest
