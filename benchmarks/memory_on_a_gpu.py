@@ -1,4 +1,4 @@
-"""Teach the default model its memory within minutes of a GPU: the recipes smollm2-begin, -blocks, -windows.
+"""Teach the default model its memory within minutes of a GPU, by its three recipes (docs/training.md).
 
     .venv/bin/python benchmarks/memory_on_a_gpu.py --filler books --out memory --minutes 9
 

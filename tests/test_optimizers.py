@@ -170,6 +170,8 @@ def test_the_rate_rises_and_then_stays_or_falls() -> None:
     assert rates(6, warmup_steps=4) == [0.5, 1.0, 1.5, 2.0, 2.0, 2.0]
     assert rates(4, warmup_steps=0) == [2.0] * 4
     assert rates(6, warmup_steps=2, schedule="linear") == [1.0, 2.0, 2.0, 1.5, 1.0, 0.5]
+    timed = OptimizerSettings(learning_rate=2.0, warmup_steps=0, schedule="linear")
+    assert [rate_at(1, timed, 100, gone) for gone in (0.0, 0.25, 1.0)] == [1.98, 1.5, 0.0]
     expected = [1.0, 2.0, *(1 + math.cos(math.pi * k / 4) for k in range(4))]
     assert rates(6, warmup_steps=2, schedule="cosine") == pytest.approx(expected)
 

@@ -301,6 +301,8 @@ TOGETHER: list[tuple[str, str]] = [
     ("optimizer.warmup_steps=-1", "optimizer.warmup_steps must be at least 0"),
     ("feedback.bptt_blocks=-1", "feedback.bptt_blocks must be at least 0"),
     ("feedback.bptt_blocks=1", "teaches FAM nothing"),
+    ("feedback.asked_blocks=-1", "feedback.asked_blocks must be at least 0"),
+    ("feedback.asked_blocks=2", 'take fam.fam_seen="asked", data.layout="single"'),
     ("feedback.state_passing=2", "is a probability, from 0 to 1, and cannot be 2"),
     ("feedback.state_passing=0.8 data.layout=documents", "carried from step to step already"),
     (

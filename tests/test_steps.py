@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -319,3 +320,73 @@ def test_texts_grow_by_steps_with_the_fewest_past_blocks() -> None:
     for step in range(8):
         one.run(step, [batch(ids)])
         assert one.right[1] == (2 if segments_at(step, made) == 0 else 0)
+
+
+# ---- FAM that is seen where something is asked
+
+
+ALONE = {"fam_seen": "asked", "memory_segments": 0, "sink_tokens": 0}
+
+
+def asked_text(told: tuple[int, ...] = ()) -> Batch:
+    """Two texts of three blocks and a half, the last 5 tokens of which are a question and its answer."""
+    length, question = 3 * B + 7, 3 * B + 2
+    weights = torch.zeros(2, length)
+    weights[:, question + 2 :] = 1.0
+    made = batch(some_tokens(2, length + 1), weights)
+    return replace(made, asked_from=(question,) * 2, told=told, question=(question,) * len(told))
+
+
+def test_what_is_read_and_what_is_asked_in_two_calls_is_one_text() -> None:
+    made = recipe("single", fam={"fam_seen": "asked"})
+    one, text = stepper(made), asked_text()
+    loss = one.run(0, [text])
+    ours = gradients(one.base)
+    logits = one.base(text.inputs, fam_asked=text.asked).logits
+    expected = torch.nn.functional.cross_entropy(
+        logits.flatten(0, 1), text.targets.flatten(), reduction="none"
+    )
+    mean = (expected * text.weights.flatten()).sum() / text.weights.sum()
+    mean.backward()
+    assert loss == pytest.approx(float(mean.detach()), rel=1e-6)
+    assert_same(ours, gradients(one.base))
+
+
+def test_a_question_behind_a_block_is_that_of_a_shorter_text() -> None:
+    """Of FAM alone: without past blocks that is all that a question at the start of a block sees."""
+    text = asked_text(told=(B + 1, 1))  # behind blocks 1 and 2 of the first row, all of the second
+    often = stepper(recipe("single", fam=ALONE, asked_blocks=3))
+    loss = often.run(0, [text])
+    ours = gradients(often.base)
+
+    one = stepper(recipe("single", fam=ALONE))
+    assert one.run(0, [text]) == pytest.approx(loss, rel=1e-6)
+    total = gradients(one.base)
+    for row, block in ((0, 2), (0, 3), (1, 1), (1, 2), (1, 3)):
+        # The same text up to that block, and then the question.
+        parts = [
+            torch.cat([x[row : row + 1, : block * B], x[row : row + 1, 3 * B + 2 :]], dim=1)
+            for x in (text.inputs, text.targets, text.weights)
+        ]
+        parts[1][:, block * B - 1] = parts[0][:, block * B]
+        one.run(0, [Batch(*parts, None, (True,), (block * B,))])  # type: ignore[call-arg,arg-type]
+        for name, gradient in gradients(one.base).items():
+            # Each run takes the mean of 3 tokens, the batch that of 6; and a third for each block.
+            total[name] = total[name] + gradient * 3 / 6 / 3
+    assert_same(ours, total)
+
+
+def test_no_more_questions_than_are_wanted_and_none_before_all_is_told() -> None:
+    text = asked_text(
+        told=(2 * B + 1, 3 * B + 1)
+    )  # only block 2 of the first row, none of the second
+    losses = []
+    for blocks in (1, 2):
+        one = stepper(recipe("single", fam=ALONE, asked_blocks=blocks))
+        one.run(0, [text])
+        losses.append(gradients(one.base))
+    plain = stepper(recipe("single", fam=ALONE))
+    plain.run(0, [text])
+    without = gradients(plain.base)
+    halves = {n: (losses[0][n] - without[n]) / 2 + without[n] for n in without}
+    assert_same(losses[1], halves)

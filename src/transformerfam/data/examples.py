@@ -41,11 +41,15 @@ class Example:
         ids: (T,) token ids.
         weights: (T,); weights[i] is how much predicting ids[i] from the tokens before it counts.
         asked_from: the first token that is asked, see `FamConfig.fam_seen`; those before it are read.
+        told: so many tokens tell all that is asked, and
+        question: from this one on it is asked; None: nobody knows.
     """
 
     ids: Sequence[int]
     weights: Sequence[float]
     asked_from: int = 0
+    told: int = 0
+    question: int | None = None
 
     def __post_init__(self) -> None:
         if len(self.ids) != len(self.weights):

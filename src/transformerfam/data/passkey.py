@@ -178,22 +178,30 @@ class PasskeyTexts:
         # Tokens of filler up to each border between sentences.
         borders = [0, *itertools.accumulate(map(len, sentences))]
         places = self._places(rng, borders, asked)
-        ids = list(self._beginning)
+        ids, ends = list(self._beginning), [0] * self.keys
         for border in range(len(borders)):
             ids += sentences[border - 1] if border else []
             for key in _shuffled(rng, [k for k, place in enumerate(places) if place == border]):
                 ids += told[key]
+                ends[key] = len(ids)
         counted = sum(len(answer) for _, answer in questions)
         asked_from = max(0, len(ids) - self.asked_prose)
         passed_over = asked_from if self.asked_prose else 0
         others = len(ids) - passed_over + sum(len(question) for question, _ in questions)
         each = self.filler_share * counted / others
         weights = [0.0] * passed_over + [each] * (len(ids) - passed_over)
+        question_from = len(ids)
         for question, answer in questions:
             ids += question + answer
             weights += [each] * len(question) + [1.0] * len(answer)
         return PasskeySample(
-            example=Example(tuple(ids), tuple(weights), asked_from),
+            example=Example(
+                tuple(ids),
+                tuple(weights),
+                asked_from,
+                max(ends[k] for k in (*before, asked)),
+                question_from,
+            ),
             key=things[asked].key,
             depth=borders[places[asked]] / max(1, borders[-1]),
             answer=slice(len(ids) - len(answer), len(ids)),

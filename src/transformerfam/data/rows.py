@@ -170,6 +170,7 @@ class Piece:
         weights: (T,), how much predicting targets[i] after inputs[..i] counts.
         fresh: this begins a stream: no state is carried into it.
         asked_from: the first token that is asked, see `Example`.
+        told, question: see `Example`.
     """
 
     inputs: Sequence[int]
@@ -177,18 +178,15 @@ class Piece:
     weights: Sequence[float]
     fresh: bool
     asked_from: int = 0
+    told: int = 0
+    question: int | None = None
 
     @classmethod
     def of(
-        cls,
-        ids: Sequence[int],
-        weights: Sequence[float],
-        *,
-        fresh: bool = True,
-        asked_from: int = 0,
+        cls, ids: Sequence[int], weights: Sequence[float], *, fresh: bool = True, **asked: Any
     ) -> Piece:
         """The piece of T + 1 tokens: all but the last are read, all but the first are told."""
-        return cls(ids[:-1], ids[1:], weights[1:], fresh, asked_from)
+        return cls(ids[:-1], ids[1:], weights[1:], fresh, **asked)
 
 
 @dataclass(frozen=True)
@@ -361,7 +359,13 @@ class SingleRow(RowReader):
                 "raise it, or leave such examples out."
             )
         self._pieces += 1
-        return Piece.of(example.ids, example.weights, asked_from=example.asked_from)
+        return Piece.of(
+            example.ids,
+            example.weights,
+            asked_from=example.asked_from,
+            told=example.told,
+            question=example.question,
+        )
 
 
 class DocumentRow(RowReader):

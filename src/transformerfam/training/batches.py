@@ -26,6 +26,8 @@ class Batch:
         valid: (R, T) bool, False where a shorter row is filled up; None: nowhere.
         fresh: for each row whether it begins a new stream.
         asked_from: for each row its first column that is asked (`FamConfig.fam_seen`); empty: 0 in all.
+        told, question: for each row how many columns tell what is asked, and where it is asked; empty,
+            and None: nobody knows.
     """
 
     inputs: Tensor
@@ -34,6 +36,8 @@ class Batch:
     valid: Tensor | None
     fresh: tuple[bool, ...]
     asked_from: tuple[int, ...] = ()
+    told: tuple[int, ...] = ()
+    question: tuple[int | None, ...] = ()
 
     @classmethod
     def of(cls, pieces: Sequence[Piece]) -> Batch:
@@ -48,6 +52,8 @@ class Batch:
             valid=None if bool(valid.all()) else valid,
             fresh=tuple(p.fresh for p in pieces),
             asked_from=tuple(p.asked_from for p in pieces),
+            told=tuple(p.told for p in pieces),
+            question=tuple(p.question for p in pieces),
         )
 
     @property
@@ -85,14 +91,27 @@ class Batch:
             yield self._cut(start, start + size)
 
     def parts(self, size: int) -> tuple[Batch | None, Batch | None]:
-        """Cut into what is read and what is asked, in whole pieces of `size` tokens: the first part
-        has no column that any row asks. None: there is no such part.
+        """Cut into what is read and what is asked, the first in whole pieces of `size` tokens.
+
+        No row asks in a column of the first part. None: there is no such part.
         """
         columns = self.inputs.shape[1]
         first = min(*self.asked_from, columns) if self.asked_from else 0
         border = columns if first == columns else first // size * size
         read = self._cut(0, border) if border else None
         return read, self._cut(border, columns) if border < columns else None
+
+    def questions(self, rows: Sequence[int]) -> Batch:
+        """What some rows ask, from its first column on, and how it goes on; filled up on the right."""
+        pieces = []
+        for row in rows:
+            end = int(self.weights[row].nonzero().max()) + 1
+            columns = slice(self.question[row], end)
+            inputs, targets, weights = (
+                x[row, columns].tolist() for x in (self.inputs, self.targets, self.weights)
+            )
+            pieces.append(Piece(inputs, targets, weights, fresh=True))
+        return Batch.of(pieces).to(self.inputs.device)
 
     @property
     def asked(self) -> Tensor:
@@ -109,6 +128,8 @@ class Batch:
             None if self.valid is None else self.valid[:, columns],
             self.fresh,
             tuple(max(0, first - start) for first in self.asked_from),
+            tuple(max(0, told - start) for told in self.told),
+            tuple(None if q is None or q < start else q - start for q in self.question),
         )
 
 

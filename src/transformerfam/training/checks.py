@@ -253,6 +253,13 @@ def _check_optimizer(recipe: Recipe) -> None:
 def _check_feedback(recipe: Recipe) -> None:
     feedback, fam = recipe.feedback, recipe.fam
     _at_least(0, "feedback", feedback, ["bptt_blocks", "state_passing_delay", "bias_steps"])
+    _at_least(0, "feedback", feedback, ["asked_blocks"])
+    alone = fam.fam_seen == "asked" and recipe.data.layout == "single" and not feedback.bptt_blocks
+    _refuse_unless(
+        not feedback.asked_blocks or alone or not fam.has_feedback,
+        'feedback.asked_blocks asks of whole texts what FAM alone shows; take fam.fam_seen="asked", '
+        'data.layout="single" and feedback.bptt_blocks=0.',
+    )
     _at_least(0, "feedback", feedback, ["diversity_weight", "reconstruction_weight"])
     _refuse_unless(
         not feedback.diversity_weight or fam.fam_length != 1,
@@ -344,6 +351,7 @@ def _check_recording(recipe: Recipe) -> None:
         "feedback.diversity_weight": feedback.diversity_weight,
         "feedback.reconstruction_weight": feedback.reconstruction_weight,
         "train.dropout": recipe.train.dropout,
+        "feedback.asked_blocks": feedback.asked_blocks,
         f'fam.recurrence="{recipe.fam.recurrence}"': recipe.fam.through_stack,
     }
     if recipe.fam.fam_seen == "asked":

@@ -165,8 +165,8 @@ class OptimizerSettings:
     warmup_steps: int = _setting(20, "steps in which the rate rises from 0")
     schedule: Literal["constant", "linear", "cosine"] = _setting(
         "constant",
-        "the rate after warm-up: as the paper, or falling to 0 at the last step or, if that comes first, "
-        "when run.minutes are over",
+        "the rate after warm-up: as the paper, or falling to 0 at the last step or, if that comes "
+        "first, when run.minutes are over",
     )
     max_grad_norm: float = _setting(1.0, "longer gradients are cut to this norm; 0: never")
 
@@ -179,6 +179,11 @@ class FeedbackSettings:
         0,
         "gradients reach back this many blocks at most (truncated backpropagation); 0: through all "
         "blocks of a row in a step",
+    )
+    asked_blocks: int = _setting(
+        0,
+        'with `fam_seen = "asked"`: behind so many blocks of a text that is made up, drawn from those '
+        "by which all is told, its question is asked of FAM alone, besides at its end",
     )
     state_passing: float = _setting(
         0.0, "probability that a step starts from the FAM of the step before (random state passing)"

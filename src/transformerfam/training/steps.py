@@ -4,11 +4,12 @@ Knows how state goes from segment to segment and from step to step; knows neithe
 from nor what the optimizer does with gradients.
 
 A step reads its rows in segments of `bptt_blocks` blocks. Inside a segment gradients flow through
-memory segments and FAM; between segments the memory goes on and the gradient does not. Where only some tokens see FAM
-(`fam_seen="asked"`) those before them are read in a call of their own, through which no gradient need
-go but along FAM. Rows of the
+memory segments and FAM; between segments the memory goes on and the gradient does not. Rows of the
 `documents` layout go on in the next step; others begin anew, or with the FAM that the first row of
 the step before left behind (random state passing).
+
+Where only what is asked sees FAM (`fam_seen="asked"`) the tokens before it are read in a call of their
+own, and gradients go back through FAM alone.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import torch
 from torch import Tensor
 
 from transformerfam.auxiliary import FeedbackLosses
+from transformerfam.call import Attended, Written
 from transformerfam.conversion import reconfigure
 from transformerfam.extras import require
 from transformerfam.memory import Memory
@@ -43,6 +45,30 @@ class Carried:
 
     memories: list[Memory] = field(default_factory=list)
     fams: tuple[Tensor, ...] | None = None
+
+
+class FamAfterBlocks:
+    """An observer that keeps F after each block of a call, with its gradient."""
+
+    def __init__(self) -> None:
+        self._fams: dict[int, list[Tensor]] = {}  # layer -> (R, N, d) after block 0, 1, ..
+
+    def __call__(self, seen: Attended | Written) -> None:
+        """See `call.Observer`."""
+        if isinstance(seen, Written):
+            self._fams.setdefault(seen.layer, []).append(seen.fam)
+
+    @property
+    def blocks(self) -> int:
+        """Of the call."""
+        return min(map(len, self._fams.values()), default=0)
+
+    def behind(self, places: Sequence[tuple[int, int]]) -> list[Tensor]:
+        """F of each layer, (places, N, d), of the row and after the block that each place names."""
+        return [
+            torch.stack([fams[block][row] for row, block in places])
+            for _, fams in sorted(self._fams.items())
+        ]
 
 
 class Stepper:
@@ -187,11 +213,45 @@ class Stepper:
         if extra is not None:
             summed = self._part_loss(segment, memory, {"fam_losses": extra})
             return summed, (extra.total() * segment.weights.sum(1)).sum()
-        parts = segment.parts(self.base.fam_config.block_size) if self._some_ask else (segment,)
-        losses = [self._part_loss(part, memory, {}) for part in parts if part is not None]
-        return torch.stack(losses).sum(), 0.0
+        if not self._some_ask:
+            return self._part_loss(segment, memory, {}), 0.0
+        read, rest = segment.parts(self.base.fam_config.block_size)
+        losses, written = [], FamAfterBlocks()
+        if read is not None:
+            often = {"fam_observer": written} if self.feedback.asked_blocks else {}
+            losses.append(self._part_loss(read, memory, often))
+        if rest is not None:
+            losses.append(self._part_loss(rest, memory, {}))
+        return torch.stack(losses).sum(), self._asked_of_fam_alone(segment, written)
 
-    def _part_loss(self, part: Batch, memory: Memory, more: dict[str, Any]) -> Tensor:
+    def _asked_of_fam_alone(self, segment: Batch, written: FamAfterBlocks) -> Tensor | float:
+        """As `_loss`, of questions behind `asked_blocks` blocks of each row, in the mean over them.
+
+        A text is read once, and teaches what FAM holds behind each block that it was asked behind.
+        """
+        B = self.base.fam_config.block_size
+        drawn = [
+            (row, block)
+            for row, told in enumerate(segment.told)
+            for block in self._draw(range(max(0, -(-told // B) - 1), written.blocks))
+            if segment.question[row] is not None
+        ]
+        if not drawn:
+            return 0.0
+        asked = segment.questions([row for row, _ in drawn])
+        memory = Memory.for_model(self.base, len(drawn))
+        memory.begin_with(written.behind(drawn))
+        with memory.asked():
+            share = self._part_loss(asked, memory, {}, counts_right=False)
+        return share / self.feedback.asked_blocks
+
+    def _draw(self, blocks: range) -> list[int]:
+        count = min(self.feedback.asked_blocks, len(blocks))
+        return torch.randperm(len(blocks))[:count].add(blocks.start).tolist()
+
+    def _part_loss(
+        self, part: Batch, memory: Memory, more: dict[str, Any], *, counts_right: bool = True
+    ) -> Tensor:
         counted = part.weights.any(0)
         # The head is computed where some row counts, and nowhere else.
         columns = counted.nonzero()[:, 0] if counted.any() else torch.zeros_like(counted[:1]).long()
@@ -210,7 +270,7 @@ class Stepper:
             **more,
         ).logits
         targets, weights = part.targets[:, columns], part.weights[:, columns]
-        if self._counts_right:
+        if self._counts_right and counts_right:
             self._said |= answers_said(logits.detach(), targets, weights).cpu()
         return weighted_cross_entropy(logits.flatten(0, 1), targets.flatten(), weights.flatten())
 
