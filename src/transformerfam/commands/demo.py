@@ -26,9 +26,9 @@ if TYPE_CHECKING:
 
 HELP = "watch a small real model remember what it read long ago, in constant memory"
 _ANSWER_TOKENS = 6  # a space and five digits
-_FIRST_ASKED = 256  # tokens read; then after twice as many, and so on
+_FIRST_ASKED = 500  # tokens read; then after twice as many, and so on
 _CONVERSATION = ("What is the capital of France?", "What is it famous for? One sentence.")
-_TALK_BLOCK, _REPLY_TOKENS = 64, 48
+_REPLY_TOKENS = 48
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -59,8 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--memory-segments",
         metavar="M",
         type=options.whole(0),
-        default=0,
-        help="past blocks that the windows hold (default: %(default)s)",
+        help="past blocks that the windows hold (default: as many as in training)",
     )
     parser.add_argument(
         "--seed",
@@ -120,7 +119,7 @@ def run(args: argparse.Namespace) -> int:
     print(f"Asked on the way:{question} ...\n\n{_answers_table(shown)}\n")
     print(f"{_sizes_table(shown)}\n\n{_verdict(shown)}\n")
     print(f"{_reopened(shown, tokenizer, kept, asked)}\n")
-    print(f"{_talked(before, tokenizer)}\n")
+    print(f"{_talked(model, tokenizer)}\n")
     if args.json:
         _write_json(args.json, shown)
     return _draw(args.out, shown)
@@ -129,13 +128,15 @@ def run(args: argparse.Namespace) -> int:
 # ---- what is read, by whom
 
 
-def _with_memory(memory_segments: int) -> tuple[Any, Any]:
+def _with_memory(memory_segments: int | None) -> tuple[Any, Any]:
     """The default model with its trained memory, in windows of so many past blocks."""
     from transformerfam import models
     from transformerfam.conversion import reconfigure
 
     model, tokenizer = models.load(adapter=models.SHIPPED)
-    return reconfigure(model, model.fam_config.replace(memory_segments=memory_segments)), tokenizer
+    if memory_segments is not None:
+        model = reconfigure(model, model.fam_config.replace(memory_segments=memory_segments))
+    return model, tokenizer
 
 
 def _token_ids(tokenizer: Any, begin: str, count: int) -> list[int]:
@@ -149,8 +150,7 @@ def _explain(config: FamConfig, told: str, tokens: int) -> str:
     return (
         f"It reads {tokens:,} tokens: the words\n\n    {told}\n\n"
         f"and then the Python language reference.\nIt sees {window:,} tokens at most, and the "
-        f"feedback memory: {config.fam_length} rows in each layer.\nIt is asked where it was taught to "
-        "be: question and answer end with a block."
+        f"feedback memory: {config.fam_length} rows in each layer."
     )
 
 
@@ -189,9 +189,7 @@ def _read(
         A copy of the first reader's memory as it was when it last said the key, or was first asked.
     """
     first = shown.variants[0]
-    # Question and answer end with a block, as they do in training.
-    tail = len(asked) + _ANSWER_TOKENS
-    stops = range(_FIRST_ASKED - tail, len(ids) + 1, _FIRST_ASKED)
+    stops = range(_FIRST_ASKED, len(ids) + 1, _FIRST_ASKED)
     kept = first.memory
     for count, stop in enumerate(stops, start=1):
         for variant in shown.variants:
@@ -277,14 +275,11 @@ def _reopened(shown: Shown, tokenizer: Any, memory: Memory, asked: Sequence[int]
     )
 
 
-def _talked(before: Any, tokenizer: Any) -> str:
-    """A conversation in windows with sinks, as `fam chat` holds it, saved and opened in between."""
-    from transformerfam import models
-    from transformerfam.conversion import twin
+def _talked(model: Any, tokenizer: Any) -> str:
+    """A conversation, as `fam chat` holds it, whose memory is saved and opened in between."""
     from transformerfam.memory import Memory
     from transformerfam.turns import answer
 
-    model = twin(before, models.reading_config().replace(block_size=_TALK_BLOCK))
     memory, said = Memory.for_model(model), [f"A conversation ({model.fam_config.describe()}):\n"]
     for turn, question in enumerate(_CONVERSATION):
         if turn:
