@@ -3,8 +3,9 @@
     .venv/bin/python benchmarks/memory_on_a_gpu.py --filler books --out memory --minutes 9
 
 The same as three times `fam train`, each from the adapter of the one before, but for the time to start.
-A stage that has its adapter in OUT is not done again. What is in OUT/adapter in the end is small enough
-to be carried about (bfloat16). `--check` takes one short step of each stage on a CPU, in OUT/check:
+A stage that has its adapter in OUT is not done again, and one that was broken off goes on from its last
+checkpoint. Minutes are those of training: loading takes half a minute more a stage. What is in
+OUT/adapter in the end is small enough to be carried about (bfloat16). `--check` takes one short step of each stage on a CPU, in OUT/check:
 whether all of it runs.
 """
 
@@ -20,13 +21,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from transformerfam import report
+from transformerfam.training.places import CHECKPOINTS
 from transformerfam.training.recipe import Recipe, find
 from transformerfam.training.trainer import train
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 # Recipe, and its share of the time.
 STAGES = (("smollm2-begin", 0.15), ("smollm2-blocks", 0.3), ("smollm2-windows", 0.55))
-ON_A_GPU = ("model.dtype=bfloat16", "run.precision=bf16")
+ON_A_GPU = ("model.dtype=bfloat16", "run.precision=bf16", "run.checkpoint_every=50")
 CHECK = ("run.steps=1", "data.batch_size=2", "feedback.state_passing=0")
 
 
@@ -71,9 +73,11 @@ def main() -> None:
     args.out = args.out / "check" if args.check else args.out
     for stage, (name, _) in enumerate(STAGES):
         if not (args.out / name / WEIGHTS).exists():
-            shutil.rmtree(args.out / name, ignore_errors=True)
+            begun = any((args.out / name / CHECKPOINTS).glob("step-*"))
+            if not begun:
+                shutil.rmtree(args.out / name, ignore_errors=True)
             began = time.monotonic()
-            done = train(recipe(stage, args), quiet=True)
+            done = train(recipe(stage, args), quiet=True, resume=begun)
             told = [loss for loss in done.losses if loss is not None]
             ends = f"loss {told[0]:.2f} to {sum(told[-20:]) / len(told[-20:]):.2f}"
             took = report.duration(time.monotonic() - began)
