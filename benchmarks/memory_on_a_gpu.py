@@ -5,8 +5,8 @@
 The same as three times `fam train`, each from the adapter of the one before, but for the time to start.
 A stage that has its adapter in OUT is not done again, and one that was broken off goes on from its last
 checkpoint. Minutes are those of training: loading takes half a minute more a stage. What is in
-OUT/adapter in the end is small enough to be carried about (bfloat16). `--check` takes one short step of each stage on a CPU, in OUT/check:
-whether all of it runs.
+OUT/adapter in the end is small enough to be carried about (bfloat16). `--check` takes one short step of
+each stage on a CPU, in OUT/check: whether all of it runs.
 """
 
 from __future__ import annotations

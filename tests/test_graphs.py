@@ -291,7 +291,7 @@ def test_a_played_step_makes_no_tensor_of_numbers(name: str) -> None:
 
 
 def test_without_a_gpu_steps_are_plain() -> None:
-    made = Recipe.load(find("smollm2-memory"), ["run.cuda_graphs=true"])
+    made = Recipe.load(find("smollm2-begin"), ["run.cuda_graphs=true"])
     one = stepper(recipe())
     assert type(stepper_for(one.accelerator, one.model, one.base, made)) is Stepper
 
@@ -307,10 +307,13 @@ def test_without_a_gpu_steps_are_plain() -> None:
         (["data.layout=documents"], "documents"),
         (["fam.recurrence=rmt", "fam.feedback_norm=none", "fam.feedback_rms=1.0"], "recurrence"),
         (["feedback.bias_steps=5"], "bias_steps; leave"),
+        (["fam.fam_seen=asked", "feedback.bptt_blocks=2"], "feedback.bptt_blocks; leave"),
+        (["fam.fam_seen=asked", "feedback.asked_blocks=2"], "feedback.asked_blocks; leave"),
+        (["fam.fam_seen=asked", "data.sources.0.asked_prose=0"], "filler_share without asked_prose"),
     ],
 )
 def test_what_makes_steps_differ_is_refused(changes: list[str], named: str) -> None:
-    recorded = ["run.cuda_graphs=true", "data.begin_length=0"]
-    Recipe.load(find("smollm2-memory"), recorded)
+    recorded = ["run.cuda_graphs=true", "fam.fam_seen=always"]
+    Recipe.load(find("smollm2-begin"), recorded)
     with pytest.raises(UserError, match=named):
-        Recipe.load(find("smollm2-memory"), [*recorded, *changes])
+        Recipe.load(find("smollm2-begin"), [*recorded, *changes])

@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -143,6 +144,21 @@ def test_two_processes_train_what_one_does(table: dict[str, Any], tmp_path: Path
     assert out.count("wrote ") == 1  # the first one speaks
     assert_same_run(tmp_path / "two", tmp_path / "one")
     assert "| processes | 2 |" in (tmp_path / "two" / "README.md").read_text()
+
+
+@pytest.mark.slow
+def test_two_processes_ask_what_one_does(table: dict[str, Any], tmp_path: Path) -> None:
+    """Also where a process has nothing to ask behind a block: the other must not wait for it."""
+    table["fam"] |= {"block_size": 32, "adapted": "fam", "fam_seen": "asked"}
+    source = {"kind": "passkey", "lengths": [240, 250, 300], "where": "anywhere", "digits": 2}
+    table["data"] |= {"layout": "single", "length": 400, "sources": [source]}
+    one = Recipe.from_dict({**table, "feedback": {"asked_blocks": 2, "bias_steps": 0}})
+    one, two = (
+        one.replace(run=replace(one.run, output=str(tmp_path / name))) for name in ("one", "two")
+    )
+    train(one, quiet=True)
+    in_two(two)
+    assert_same_run(tmp_path / "two", tmp_path / "one")
 
 
 @pytest.mark.slow

@@ -286,7 +286,7 @@ def test_small_runs_are_recipes() -> None:
     recipe = scales.small_recipe(planned[1].run)
     assert recipe.run.steps == 7 and recipe.run.seed == 3
     assert recipe.fam == scales.paper_geometry(ITS.variants[1], block=256)
-    with pytest.raises(UserError, match="smollm2-memory"):
+    with pytest.raises(UserError, match="fam train paper"):
         list(scales.small_plan(ITEMS["table11"].experiment, [0], lengths=None, steps=None))
 
 

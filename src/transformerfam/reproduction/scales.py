@@ -122,7 +122,7 @@ def small_plan(
     if its.kind != "passkey":
         raise UserError(
             "At the scale small this item needs texts to train on; train with `fam train "
-            "smollm2-memory` and measure with `fam eval --tasks documents`."
+            "paper` and measure with `fam eval --tasks documents`."
         )
     if its.asked != ("1 start",):
         raise UserError(

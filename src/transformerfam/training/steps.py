@@ -26,6 +26,7 @@ from torch import Tensor
 from transformerfam.auxiliary import FeedbackLosses
 from transformerfam.call import Attended, Written
 from transformerfam.conversion import reconfigure
+from transformerfam.errors import UserError
 from transformerfam.extras import require
 from transformerfam.memory import Memory
 from transformerfam.training.batches import Batch
@@ -89,13 +90,21 @@ class Stepper:
     def __init__(self, accelerator: Any, model: Any, base: Any, recipe: Recipe) -> None:
         self.accelerator = accelerator
         self.model = model
+        # Without the wrapper of DDP: at each of its calls all processes meet.
+        self.inner = accelerator.unwrap_model(model)
         self.base = base
         self.recipe = recipe
         self.feedback = recipe.feedback
         self.carried = Carried()
         self.longest = recipe.data.length
         self.right = 0, 0
+        self._step = 0
         self._counts_right = recipe.data.begin_length > 0
+        if self._sharded and self.feedback.asked_blocks:
+            raise UserError(
+                "feedback.asked_blocks asks as often as a text has blocks, and under FSDP all processes "
+                "must compute alike; set it to 0."
+            )
         self._said = torch.zeros(2, 0, dtype=torch.bool)  # `answers_said` of the batch so far
 
     def run(self, step: int, batches: Sequence[Batch]) -> float | None:
@@ -108,6 +117,7 @@ class Stepper:
         Returns:
             The weighted mean loss in nats over all processes; None if no token of the step counts.
         """
+        self._step = step
         self.set_geometry(step)
         try:
             return self._run(step, batches)
@@ -213,16 +223,16 @@ class Stepper:
         if extra is not None:
             summed = self._part_loss(segment, memory, {"fam_losses": extra})
             return summed, (extra.total() * segment.weights.sum(1)).sum()
-        if not self._some_ask:
+        if not self._some_ask or self._sharded:
             return self._part_loss(segment, memory, {}), 0.0
         read, rest = segment.parts(self.base.fam_config.block_size)
-        losses, written = [], FamAfterBlocks()
-        if read is not None:
-            often = {"fam_observer": written} if self.feedback.asked_blocks else {}
-            losses.append(self._part_loss(read, memory, often))
-        if rest is not None:
-            losses.append(self._part_loss(rest, memory, {}))
-        return torch.stack(losses).sum(), self._asked_of_fam_alone(segment, written)
+        if read is None or rest is None:
+            return self._part_loss(segment, memory, {}), 0.0
+        written = FamAfterBlocks()
+        often = {"fam_observer": written} if self.feedback.asked_blocks else {}
+        before = self._part_loss(read, memory, often, model=self.inner)
+        summed = before + self._part_loss(rest, memory, {})
+        return summed, self._asked_of_fam_alone(segment, written)
 
     def _asked_of_fam_alone(self, segment: Batch, written: FamAfterBlocks) -> Tensor | float:
         """As `_loss`, of questions behind `asked_blocks` blocks of each row, in the mean over them.
@@ -233,8 +243,10 @@ class Stepper:
         drawn = [
             (row, block)
             for row, told in enumerate(segment.told)
-            for block in self._draw(range(max(0, -(-told // B) - 1), written.blocks))
             if segment.question[row] is not None
+            for block in self._draw(
+                range(max(0, -(-told // B) - 1), written.blocks), segment.inputs[row]
+            )
         ]
         if not drawn:
             return 0.0
@@ -242,15 +254,22 @@ class Stepper:
         memory = Memory.for_model(self.base, len(drawn))
         memory.begin_with(written.behind(drawn))
         with memory.asked():
-            share = self._part_loss(asked, memory, {}, counts_right=False)
+            share = self._part_loss(asked, memory, {}, model=self.inner, counts_right=False)
         return share / self.feedback.asked_blocks
 
-    def _draw(self, blocks: range) -> list[int]:
-        count = min(self.feedback.asked_blocks, len(blocks))
-        return torch.randperm(len(blocks))[:count].add(blocks.start).tolist()
+    def _draw(self, blocks: range, text: Tensor) -> list[int]:
+        """`asked_blocks` of them; the same ones whichever process has the text."""
+        rng = random.Random(f"{self.recipe.run.seed}/asked/{self._step}/{int(text.sum())}")
+        return rng.sample(blocks, min(self.feedback.asked_blocks, len(blocks)))
 
     def _part_loss(
-        self, part: Batch, memory: Memory, more: dict[str, Any], *, counts_right: bool = True
+        self,
+        part: Batch,
+        memory: Memory,
+        more: dict[str, Any],
+        *,
+        model: Any = None,
+        counts_right: bool = True,
     ) -> Tensor:
         counted = part.weights.any(0)
         # The head is computed where some row counts, and nowhere else.
@@ -261,7 +280,7 @@ class Stepper:
             mask = part.valid
         if self._some_ask and bool(part.asked.any()):
             more = {**more, "fam_asked": part.asked.to(part.inputs.device)}
-        logits = self.model(
+        logits = (self.model if model is None else model)(
             input_ids=part.inputs,
             attention_mask=mask,
             past_key_values=memory,
