@@ -148,9 +148,10 @@ def inspect_stream(
     grid = map_grid(config, len(ids) // B, len(chosen) * heads)
     recorder = _Recorder({layer: _LayerRecord(layer) for layer in chosen}, grid)
     losses = []
-    for chunk in read(model, ids, memory, chunk_tokens=B, observer=recorder):
-        losses.append(chunk.losses)
-        progress(f"reading {chunk.position:,} of {len(ids):,} tokens ...")
+    with memory.asked():  # or there would be nothing to see of what tokens look for in FAM
+        for chunk in read(model, ids, memory, chunk_tokens=B, observer=recorder):
+            losses.append(chunk.losses)
+            progress(f"reading {chunk.position:,} of {len(ids):,} tokens ...")
     without = None
     if baseline:
         progress("reading without feedback ...")
