@@ -144,3 +144,9 @@ def test_what_is_seen_is_no_part_of_a_memory() -> None:
         CONFIG.replace(fam_length=0, previous_fams=1)
     with pytest.raises(ValueError, match="leave fam_seen out"):
         FamConfig(recurrence="rmt", memory_segments=0, fam_seen="asked")
+
+
+@pytest.mark.parametrize("asked", [torch.ones(1, 3, dtype=torch.bool), torch.ones(1, T)])
+def test_every_token_is_asked_or_not(asked: Tensor) -> None:
+    with pytest.raises(ValueError, match=f"each of the {T} new tokens of 1 rows"):
+        model_of()(input_ids=IDS[:1], fam_asked=asked)

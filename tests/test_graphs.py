@@ -309,7 +309,10 @@ def test_without_a_gpu_steps_are_plain() -> None:
         (["feedback.bias_steps=5"], "bias_steps; leave"),
         (["fam.fam_seen=asked", "feedback.bptt_blocks=2"], "feedback.bptt_blocks; leave"),
         (["fam.fam_seen=asked", "feedback.asked_blocks=2"], "feedback.asked_blocks; leave"),
-        (["fam.fam_seen=asked", "data.sources.0.asked_prose=0"], "filler_share without asked_prose"),
+        (
+            ["fam.fam_seen=asked", "data.sources.0.asked_prose=0"],
+            "filler_share without asked_prose",
+        ),
     ],
 )
 def test_what_makes_steps_differ_is_refused(changes: list[str], named: str) -> None:

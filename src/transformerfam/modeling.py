@@ -32,7 +32,7 @@ from transformerfam.modules import (
     layers_of,
     trained_for_fam,
 )
-from transformerfam.plan import CallPlan
+from transformerfam.plan import CallPlan, check_asked, valid_columns
 from transformerfam.probe import find_rotaries
 from transformerfam.recurrent import SegmentCall, Segments
 from transformerfam.rotary import Rotary
@@ -121,13 +121,15 @@ class FamDecoder(Picklable):
         if memory is not None:
             call.commit(memory)
         if self.training:
-            # No block 0 in this call, no use of the prompt, and no FAM, none of its adapter: but
-            # wrappers that train in parallel wait for a gradient of every parameter of every process.
-            waited_for = (call.start, call.gates, *trained_for_fam(self))
-            nothing = 0 * sum(t.sum() for t in waited_for if t is not None)
-            output["last_hidden_state"] = output["last_hidden_state"] + nothing
+            output["last_hidden_state"] = output["last_hidden_state"] + self._nothing(call)
         output["past_key_values"] = memory
         return output if return_dict is not False else output.to_tuple()
+
+    def _nothing(self, call: Call) -> Tensor | int:
+        # No block 0 in a call, no use of the prompt, and no FAM, none of its adapter: but wrappers that
+        # train in parallel wait for a gradient of every parameter of every process.
+        waited_for = (call.start, call.gates, *trained_for_fam(self))
+        return 0 * sum(t.sum() for t in waited_for if t is not None)
 
     def _call(
         self,
@@ -140,12 +142,13 @@ class FamDecoder(Picklable):
         asked: Tensor | None,
     ) -> Call:
         rows, columns = inputs.shape[:2]
+        check_asked(asked, rows, columns)
         state = Memory(config, rows, len(layers_of(self))) if memory is None else memory
         plan = CallPlan(
             config=config,
             starts=state.position,
             columns=columns,
-            valid=_valid_columns(attention_mask, rows, columns),
+            valid=valid_columns(attention_mask, rows, columns),
             past_length=state.past_length,
             passed=(True,) * rows if config.fam_start == "prefix" else state.passed,
             shows_fam=config.fam_seen == "always" or state.asking or asked is not None,
@@ -198,7 +201,7 @@ class FamDecoder(Picklable):
     ) -> ModelOutput:
         """`forward` where memory runs through the whole stack: block after block."""
         rows, columns = inputs.shape[:2]
-        if _valid_columns(attention_mask, rows, columns) is not None:
+        if valid_columns(attention_mask, rows, columns) is not None:
             raise ValueError(
                 f"Rows cannot be padded under recurrence={config.recurrence!r}; give rows of the same "
                 "length."
@@ -267,23 +270,6 @@ class FamDecoder(Picklable):
         differences = self.fam_config.memory_differences(memory.config)
         if differences:
             raise ValueError(f"The memory was made with another {', '.join(differences)}.")
-
-
-def _valid_columns(attention_mask: Tensor | None, rows: int, columns: int) -> Tensor | None:
-    """(R, T) bool on the CPU, or None if no token is padding."""
-    if attention_mask is None:
-        return None
-    if (
-        attention_mask.dim() != 2
-        or attention_mask.shape[0] != rows
-        or attention_mask.shape[1] < columns
-    ):
-        raise ValueError(
-            f"attention_mask must have 2 dimensions, (rows, tokens), and cover the {columns} new tokens "
-            f"of {rows} rows; got {tuple(attention_mask.shape)}."
-        )
-    valid = attention_mask[:, -columns:].bool().cpu()
-    return None if bool(valid.all()) else valid
 
 
 # ---- the causal language model

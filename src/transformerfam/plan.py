@@ -279,3 +279,29 @@ class CallPlan:
         bias = torch.zeros(self.key_regions["own"].stop)
         bias[self.key_regions["fams"]] = self.config.fam_bias
         return bias
+
+
+def valid_columns(attention_mask: Tensor | None, rows: int, columns: int) -> Tensor | None:
+    """(R, T) bool on the CPU, or None if no token is padding."""
+    if attention_mask is None:
+        return None
+    if (
+        attention_mask.dim() != 2
+        or attention_mask.shape[0] != rows
+        or attention_mask.shape[1] < columns
+    ):
+        raise ValueError(
+            f"attention_mask must have 2 dimensions, (rows, tokens), and cover the {columns} new tokens "
+            f"of {rows} rows; got {tuple(attention_mask.shape)}."
+        )
+    valid = attention_mask[:, -columns:].bool().cpu()
+    return None if bool(valid.all()) else valid
+
+
+def check_asked(asked: Tensor | None, rows: int, columns: int) -> None:
+    """Refuse what does not say of each token whether it is asked."""
+    if asked is not None and (asked.shape != (rows, columns) or asked.dtype != torch.bool):
+        raise ValueError(
+            f"fam_asked must be bool and say of each of the {columns} new tokens of {rows} rows whether "
+            f"it is asked; got {asked.dtype} of {tuple(asked.shape)}."
+        )

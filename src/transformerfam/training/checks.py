@@ -253,13 +253,7 @@ def _check_optimizer(recipe: Recipe) -> None:
 def _check_feedback(recipe: Recipe) -> None:
     feedback, fam = recipe.feedback, recipe.fam
     _at_least(0, "feedback", feedback, ["bptt_blocks", "state_passing_delay", "bias_steps"])
-    _at_least(0, "feedback", feedback, ["asked_blocks"])
-    alone = fam.fam_seen == "asked" and recipe.data.layout == "single" and not feedback.bptt_blocks
-    _refuse_unless(
-        not feedback.asked_blocks or alone or not fam.has_feedback,
-        'feedback.asked_blocks asks of whole texts what FAM alone shows; take fam.fam_seen="asked", '
-        'data.layout="single" and feedback.bptt_blocks=0.',
-    )
+    _check_asked(recipe)
     _at_least(0, "feedback", feedback, ["diversity_weight", "reconstruction_weight"])
     _refuse_unless(
         not feedback.diversity_weight or fam.fam_length != 1,
@@ -314,6 +308,17 @@ def _check_feedback(recipe: Recipe) -> None:
             f"feedback.bias_steps needs a feedback.bias_start below fam.fam_bias={fam.fam_bias}, to "
             f"which it rises; it is {feedback.bias_start}.",
         )
+
+
+def _check_asked(recipe: Recipe) -> None:
+    feedback, fam = recipe.feedback, recipe.fam
+    _at_least(0, "feedback", feedback, ["asked_blocks"])
+    alone = fam.fam_seen == "asked" and recipe.data.layout == "single" and not feedback.bptt_blocks
+    _refuse_unless(
+        not feedback.asked_blocks or alone or not fam.has_feedback,
+        'feedback.asked_blocks asks of whole texts what FAM alone shows; take fam.fam_seen="asked", '
+        'data.layout="single" and feedback.bptt_blocks=0.',
+    )
 
 
 def _check_drawn_segments(recipe: Recipe) -> None:
