@@ -274,6 +274,7 @@ class FamConfig:
             parts.append(f"{self.fam_length} memory tokens ({self.memory_name})")
         else:
             slots = f"{self.fam_length} feedback slots"
+            slots += ", seen when asked" if self.fam_seen == "asked" else ""
             parts.append(slots if self.has_feedback else "no feedback")
         if self.memory_source == "output":
             parts.append("past blocks as layers' outputs")

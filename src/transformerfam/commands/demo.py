@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 HELP = "watch a small real model remember what it read long ago, in constant memory"
 _ANSWER_TOKENS = 6  # a space and five digits
-_FIRST_ASKED = 500  # tokens read; then after twice as many, and so on
+_FIRST_ASKED = 1000  # tokens read; then after twice as many, and so on
 _CONVERSATION = ("What is the capital of France?", "What is it famous for? One sentence.")
 _REPLY_TOKENS = 48
 
@@ -45,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--tokens",
         metavar="TOKENS",
         type=options.whole(_FIRST_ASKED),
-        default=4096,
+        default=6000,
         help="how much to read (default: %(default)s)",
     )
     parser.add_argument(
