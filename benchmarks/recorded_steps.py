@@ -68,7 +68,7 @@ def batch(rows: int, length: int) -> Batch:
 
 
 def fam(block_size: int, memory_segments: int) -> FamConfig:
-    """The geometry of the recipe smollm2-memory, with other blocks."""
+    """A memory that all tokens see, with such blocks."""
     return FamConfig(
         block_size=block_size,
         memory_segments=memory_segments,

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from transformerfam import FamConfig, Memory, convert, read
 from transformerfam.conversion import reconfigure, twin
-from transformerfam.stream import absorb, generate
+from transformerfam.stream import absorb, generate, score_each
+from transformerfam.tasks.questions import Recite
 
 B = 6
 CONFIG = FamConfig(
@@ -150,3 +151,44 @@ def test_what_is_seen_is_no_part_of_a_memory() -> None:
 def test_every_token_is_asked_or_not(asked: Tensor) -> None:
     with pytest.raises(ValueError, match=f"each of the {T} new tokens of 1 rows"):
         model_of()(input_ids=IDS[:1], fam_asked=asked)
+
+
+def test_what_generate_made_or_was_given_reads_again_afterwards() -> None:
+    model, ids = model_of(), IDS[:1, :9]
+    memory = Memory.for_model(model)
+    more: dict[str, Any] = {
+        "max_new_tokens": 3,
+        "do_sample": False,
+        "return_dict_in_generate": True,
+    }
+    assert not model.generate(ids, **more).past_key_values.asking
+    assert not model.generate(ids, past_key_values=memory, **more).past_key_values.asking
+    beams = model.generate(ids, past_key_values=Memory.for_model(model), num_beams=2, **more)
+    assert not beams.past_key_values.asking and not memory.asking
+    with memory.asked():
+        model.generate(ids, past_key_values=memory, **more)
+        assert memory.asking
+        memory.reset()
+        assert not memory.asking
+    with pytest.raises(ValueError, match="leave use_cache out"):
+        model.generate(ids, use_cache=False, max_new_tokens=1)
+
+
+def test_choices_are_asked_one_by_one_as_side_by_side() -> None:
+    model, text = model_of(), IDS[0, :20].tolist()
+    memory, choices = absorb(model, text), [IDS[1, :3].tolist(), IDS[1, 4:9].tolist()]
+    together = [scored.nats for scored in score_each(model, choices, memory)]
+    alone = [next(score_each(model, [choice], memory)).nats for choice in choices]
+    assert together == pytest.approx(alone, rel=1e-5)
+    unasked = [sum(c.nats for c in read(model, choice, memory.fork())) for choice in choices]
+    assert together != pytest.approx(unasked, rel=1e-3) and not memory.asking
+
+
+def test_the_question_of_a_task_is_asked_and_its_text_is_read() -> None:
+    model, text, question = model_of(), IDS[0, :20].tolist(), IDS[1, :4].tolist()
+    with torch.no_grad():
+        ids = torch.tensor([[*text, *question]])
+        asked = torch.arange(ids.shape[1])[None] >= len(text)
+        likeliest = int(model(input_ids=ids, fam_asked=asked).logits[0, -1].argmax())
+    said = Recite(question, [likeliest], text=text).ask(model)
+    assert said == {"exact": 1.0, "tokens": 1.0}

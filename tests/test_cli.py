@@ -103,6 +103,7 @@ def test_every_field_of_the_geometry_has_an_option() -> None:
         (["--no-adapter"], None, None),
         (["--adapter", "mine"], None, "mine"),
         (["--model", "mine"], None, None),
+        (["--memory-source", "output"], None, None),
         (["--model", "mine", "--adapter", "theirs"], None, "theirs"),
         ([], FamConfig(adapted="fam"), SHIPPED),
         ([], models.reading_config(), None),  # made with --no-adapter

@@ -201,3 +201,15 @@ def test_recorded_steps_count_what_plain_ones_count(monkeypatch: pytest.MonkeyPa
         right, texts = stepper.right
         assert texts == 3 and right >= 2
     assert one.stepper.right == ours.right
+
+
+def test_sources_of_the_same_lengths_are_as_long_as_each_other_in_each_step() -> None:
+    lengths = (400, 500, 600, 700)
+    sources = [
+        (PasskeySource(PasskeyTexts(TOKENIZER, lengths=lengths, seed=s), rows=4), 1.0)
+        for s in (1, 2)
+    ]
+    mixture = Mixture(sources)
+    steps = [{len(mixture.draw(4 * step + row).ids) for row in range(4)} for step in range(12)]
+    assert all(len(step) == 1 for step in steps) and len(set.union(*steps)) > 1
+    assert len({mixture.place(n)[0] for n in range(48)}) == 2

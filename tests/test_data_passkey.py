@@ -345,3 +345,23 @@ def test_a_tokenizer_without_digits_is_refused() -> None:
     with pytest.raises(UserError, match="no tokens for digits"):
         PasskeyTexts(tiny_tokenizer(), lengths=[400])
     assert len(PasskeyTexts(TOKENIZER, lengths=[900], keys=9, digits=1).draw(0).ids) == 900
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_prose_before_the_question_may_be_asked_too(chat: bool) -> None:
+    options: dict[str, Any] = {"keys": 3, "asked": 2, "where": "anywhere", "chat": chat}
+    sample, _ = made(1, 600, filler_share=0.2, asked_prose=20, **options)
+    example = sample.example
+    assert example.question is not None and example.asked_from == example.question - 20
+    # All that is asked about is told by then, and not before.
+    told = shown(example.ids[: example.told])
+    assert f"{sample.key} is the pass key of" in told
+    asked = shown(example.ids[example.question :])
+    assert asked.count("What is the pass key of") == 2
+    # Nothing counts before: the first token that is asked is predicted by one that is not.
+    first = next(n for n, weight in enumerate(example.weights) if weight)
+    assert first == example.asked_from + 1
+    answers = [w for w in example.weights if w == 1]
+    assert sum(example.weights) == pytest.approx(1.2 * len(answers), rel=0.02)
+    plain, _ = made(1, 600, filler_share=0.2, **options)
+    assert plain.example.ids == example.ids and min(plain.example.weights) > 0

@@ -274,7 +274,7 @@ class TokenPass:
     @torch.no_grad()
     def _hidden_from_others(self, mask: AttentionMask, asked: Tensor) -> AttentionMask:
         seen = mask.seen.expand(self.plan.rows * self.plan.blocks, -1, -1, -1).clone()
-        each = self._to_grid(asked[:, None, :, None])  # (R, nb, 1, L, 1)
+        each = self._to_grid(asked.to(seen.device)[:, None, :, None])  # (R, nb, 1, L, 1)
         fams = seen[..., self.plan.key_regions["fams"]]
         fams &= each.flatten(0, 1)
         # A place of the grid without a token may be left with nothing to see.

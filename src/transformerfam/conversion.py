@@ -18,7 +18,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from transformerfam.auto import FamFamilyConfig, register_family
 from transformerfam.config import FamConfig
-from transformerfam.modeling import FamForCausalLM, all_or_nothing, install, uninstall
+from transformerfam.memory import all_or_nothing
+from transformerfam.modeling import FamForCausalLM, install, uninstall
 from transformerfam.modules import add_gates, add_prompt, decoder_of, layers_of
 from transformerfam.probe import UnsupportedModelError, run_probe
 

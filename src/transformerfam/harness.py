@@ -29,7 +29,7 @@ from transformerfam.extras import require
 from transformerfam.memory import Memory
 from transformerfam.models import EMBEDDED, is_trained, load
 from transformerfam.readers import readers_of
-from transformerfam.stream import Sampling, absorb, generate, score_each
+from transformerfam.stream import Sampling, absorb, generate, read, score_each
 from transformerfam.turns import end_tokens
 
 require("lm_eval", "eval")
@@ -211,9 +211,9 @@ class StreamingLM(TemplateLM):
         found = []
         for request in tqdm(requests, desc="Reading", disable=disable_tqdm):
             (text,) = request.args
-            keyless = [(None, *window) for window in self._windows(self.tok_encode(text))]
-            scores = self._loglikelihood_tokens(keyless, disable_tqdm=True)
-            found.append(sum(nats for nats, _ in scores))
+            # A text is read, not asked: each token with what the windows and sinks show of the others.
+            windows = self._windows(self.tok_encode(text))
+            found.append(-sum(self._nats(context, ids) for context, ids in windows))
             self.cache_hook.add_partial("loglikelihood_rolling", (text,), found[-1])
         return found
 
@@ -253,6 +253,11 @@ class StreamingLM(TemplateLM):
             memory = self._asked(context)
             for left in reversed(range(len(list(group)))):
                 yield memory.fork() if left else memory
+
+    def _nats(self, context: list[int], ids: list[int]) -> float:
+        """-log p of a part of a text behind another."""
+        memory = absorb(self.model, self._fitted(context, ids))
+        return sum(chunk.nats for chunk in read(self.model, ids, memory))
 
     def _asked(self, context: list[int]) -> Memory:
         """Nobody says where in a context its question begins: all of it is asked."""

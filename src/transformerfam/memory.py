@@ -6,8 +6,10 @@ row has read; it knows nothing of text, nor how the tensors in it are computed (
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import wraps
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -312,6 +314,7 @@ class Memory(Cache):
 
     def reset(self) -> None:
         """Forget everything."""
+        self.asking = False
         self.become(Memory(self.config, self.rows, len(self.layers_memory)))
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -336,3 +339,24 @@ class Memory(Cache):
     def update(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Not a key-value list: refused."""
         raise RuntimeError("A Memory belongs to a TransformerFAM; this model was not converted.")
+
+
+def all_or_nothing(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """A causal language model's forward that leaves the memory as it was if anything fails.
+
+    The decoder has advanced it by then, but the head or the loss may still run out of memory.
+    """
+    signature = inspect.signature(forward)
+
+    @wraps(forward)
+    def run(self: Any, *args: Any, **kwargs: Any) -> Any:
+        memory = signature.bind_partial(self, *args, **kwargs).arguments.get("past_key_values")
+        undo = memory.undo() if isinstance(memory, Memory) else None
+        try:
+            return forward(self, *args, **kwargs)
+        except BaseException:
+            if undo is not None:
+                undo()
+            raise
+
+    return run

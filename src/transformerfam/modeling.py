@@ -6,10 +6,8 @@ Each class here is mixed in before the family's own class of the same part. The 
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from functools import wraps
 from typing import Any
 
 import torch
@@ -332,8 +330,14 @@ class FamForCausalLM:
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """As in transformers; what is given and said counts as asked (`FamConfig.fam_seen`)."""
         memory = kwargs.get("past_key_values")
-        with memory.asked() if isinstance(memory, Memory) else nullcontext():
-            return super().generate(*args, **kwargs)  # type: ignore[misc]
+        given = memory if isinstance(memory, Memory) else None
+        asking = given is not None and given.asking
+        with nullcontext() if given is None else given.asked():
+            output = super().generate(*args, **kwargs)  # type: ignore[misc]
+        made = getattr(output, "past_key_values", None)
+        if isinstance(made, Memory):  # maybe a copy, or one that was made here
+            made.asking = asking
+        return output
 
     # Past the family's own: some drop a cache by the length of a text that we do not keep.
     prepare_inputs_for_generation = GenerationMixin.prepare_inputs_for_generation
@@ -360,6 +364,11 @@ class FamForCausalLM:
             if generation_config.use_cache is not False:
                 model_kwargs["past_key_values"] = Memory.for_model(self, rows)
                 model_kwargs["past_key_values"].asking = True
+            elif self.fam_config.fam_seen == "asked":
+                raise ValueError(
+                    "Where FAM is seen only by what is asked, generating needs a memory that knows what "
+                    "is; leave use_cache out."
+                )
         elif generation_config.use_cache is False:
             raise ValueError("Generating with a memory needs use_cache=True; leave use_cache out.")
         elif isinstance(memory, Memory):
@@ -368,27 +377,6 @@ class FamForCausalLM:
                 # Several continuations of one stream: each on its own copy.
                 index = torch.arange(memory.rows).repeat_interleave(copies)
                 model_kwargs["past_key_values"] = memory.select_rows(index)
-
-
-def all_or_nothing(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """A causal language model's forward that leaves the memory as it was if anything fails.
-
-    The decoder has advanced it by then, but the head or the loss may still run out of memory.
-    """
-    signature = inspect.signature(forward)
-
-    @wraps(forward)
-    def run(self: Any, *args: Any, **kwargs: Any) -> Any:
-        memory = signature.bind_partial(self, *args, **kwargs).arguments.get("past_key_values")
-        undo = memory.undo() if isinstance(memory, Memory) else None
-        try:
-            return forward(self, *args, **kwargs)
-        except BaseException:
-            if undo is not None:
-                undo()
-            raise
-
-    return run
 
 
 # ---- putting the classes on a model

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 INTERRUPTED = 130
+# Whoever asks for a memory that is not FAM has no use for one that was trained.
+_OTHER_MEMORIES = ("memory_source", "compressive_memory", "recurrence")
 
 
 @dataclass
@@ -83,6 +85,8 @@ def adapter_of(args: argparse.Namespace, saved: FamConfig | None = None) -> str 
     """
     if args.adapter or args.model or getattr(args, "no_adapter", True):
         return cast("str | None", args.adapter)
+    if any(getattr(args, name, None) is not None for name in _OTHER_MEMORIES):
+        return None
     return SHIPPED if saved is None or saved.adapted == "fam" else None
 
 

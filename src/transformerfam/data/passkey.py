@@ -186,7 +186,8 @@ class PasskeyTexts:
                 ends[key] = len(ids)
         counted = sum(len(answer) for _, answer in questions)
         asked_from = max(0, len(ids) - self.asked_prose)
-        passed_over = asked_from if self.asked_prose else 0
+        # The first token that is asked is itself predicted by one that is not.
+        passed_over = min(asked_from + 1, len(ids)) if self.asked_prose and asked_from else 0
         others = len(ids) - passed_over + sum(len(question) for question, _ in questions)
         each = self.filler_share * counted / others
         weights = [0.0] * passed_over + [each] * (len(ids) - passed_over)

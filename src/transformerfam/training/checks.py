@@ -313,11 +313,21 @@ def _check_feedback(recipe: Recipe) -> None:
 def _check_asked(recipe: Recipe) -> None:
     feedback, fam = recipe.feedback, recipe.fam
     _at_least(0, "feedback", feedback, ["asked_blocks"])
-    alone = fam.fam_seen == "asked" and recipe.data.layout == "single" and not feedback.bptt_blocks
+    others = feedback.bptt_blocks or feedback.diversity_weight or feedback.reconstruction_weight
+    alone = fam.fam_seen == "asked" and recipe.data.layout == "single" and not others
     _refuse_unless(
         not feedback.asked_blocks or alone or not fam.has_feedback,
         'feedback.asked_blocks asks of whole texts what FAM alone shows; take fam.fam_seen="asked", '
-        'data.layout="single" and feedback.bptt_blocks=0.',
+        'data.layout="single", feedback.bptt_blocks=0 and no auxiliary losses.',
+    )
+    _refuse_unless(
+        fam.fam_seen == "always" or recipe.data.layout != "packed",
+        'In data.layout="packed" texts stand one behind the other, and all would be asked; take '
+        '"single" for fam.fam_seen="asked".',
+    )
+    _refuse_unless(
+        fam.fam_seen == "asked" or not any(s.asked_prose for s in recipe.data.sources),
+        'data.sources.0.asked_prose is for fam.fam_seen="asked"; leave it out.',
     )
 
 
@@ -363,6 +373,13 @@ def _check_recording(recipe: Recipe) -> None:
         read = any(s.filler_share and not s.asked_prose for s in recipe.data.sources)
         wrong["feedback.bptt_blocks"] = feedback.bptt_blocks
         wrong["filler_share without asked_prose"] = read
+        # Each length is a recording.
+        wrong["lengths of a range"] = any(
+            (len(s.lengths) == 2 and s.lengths_in_steps_of % recipe.fam.block_size)
+            or not s.lengths_alike
+            for s in recipe.data.sources
+            if s.kind != "files"
+        )
     found = [name for name, is_set in wrong.items() if is_set]
     _refuse_unless(
         not found,

@@ -278,7 +278,7 @@ class Stepper:
         if (self.feedback.state_passing or more) and part.valid is not None:
             # Only a FAM that is passed on, or looked at, can tell that a row was filled up.
             mask = part.valid
-        if self._some_ask and bool(part.asked.any()):
+        if self._some_ask and (self._sharded or bool(part.asked.any())):
             more = {**more, "fam_asked": part.asked.to(part.inputs.device)}
         logits = (self.model if model is None else model)(
             input_ids=part.inputs,
