@@ -100,7 +100,7 @@ def test_demo_reads_asks_saves_and_draws(
     monkeypatch.setattr(models, "load", lambda config=small, adapter=None: loaded(folder, config))
     picture, numbers = tmp_path / "demo.png", tmp_path / "demo.json"
     files = ["--out", str(picture), "--json", str(numbers)]
-    args = ["--tokens", "2000", "--full-limit", "1200", *files]
+    args = ["--tokens", "1000", "--full-limit", "600", *files]
     code, out, _ = fam("demo", *args)
     assert code == 0
     assert "The feedback memory has lost the key." in out  # nothing was trained
@@ -111,10 +111,10 @@ def test_demo_reads_asks_saves_and_draws(
     found = json.loads(numbers.read_text())
     readers = {reader["name"]: reader for reader in found["readers"]}
     assert list(readers) == ["FAM 4", "without feedback", "full attention"]
-    assert readers["full attention"]["tokens"] == 1200
-    assert readers["FAM 4"]["tokens"] == readers["without feedback"]["tokens"] == 2000
+    assert readers["full attention"]["tokens"] == 600
+    assert readers["FAM 4"]["tokens"] == readers["without feedback"]["tokens"] == 1000
     asked = {said.pop("tokens"): list(said) for said in found["answers"]}
-    assert asked == {1000: list(readers), 2000: list(readers)[:2]}
+    assert asked == {500: list(readers), 1000: list(readers)[:2]}
     assert len({sizes["FAM 4"] for sizes in found["memory_bytes"]}) == 1
     assert len(found["key"]) == 5
     assert fam("demo", "--out", "picture.txt")[0] == 2

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 HELP = "watch a small real model remember what it read long ago, in constant memory"
 _ANSWER_TOKENS = 6  # a space and five digits
-_FIRST_ASKED = 1000  # tokens read; then after twice as many, and so on
+_FIRST_ASKED = 500  # tokens read; then after twice as many, and so on
 _CONVERSATION = ("What is the capital of France?", "What is it famous for? One sentence.")
 _REPLY_TOKENS = 48
 
@@ -45,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--tokens",
         metavar="TOKENS",
         type=options.whole(_FIRST_ASKED),
-        default=6000,
+        default=4000,
         help="how much to read (default: %(default)s)",
     )
     parser.add_argument(
@@ -59,7 +59,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--memory-segments",
         metavar="M",
         type=options.whole(0),
-        help="past blocks that the windows hold (default: as many as in training)",
+        default=0,
+        help="past blocks that the windows hold (default: %(default)s)",
     )
     parser.add_argument(
         "--seed",
@@ -128,15 +129,13 @@ def run(args: argparse.Namespace) -> int:
 # ---- what is read, by whom
 
 
-def _with_memory(memory_segments: int | None) -> tuple[Any, Any]:
+def _with_memory(memory_segments: int) -> tuple[Any, Any]:
     """The default model with its trained memory, in windows of so many past blocks."""
     from transformerfam import models
     from transformerfam.conversion import reconfigure
 
     model, tokenizer = models.load(adapter=models.SHIPPED)
-    if memory_segments is not None:
-        model = reconfigure(model, model.fam_config.replace(memory_segments=memory_segments))
-    return model, tokenizer
+    return reconfigure(model, model.fam_config.replace(memory_segments=memory_segments)), tokenizer
 
 
 def _token_ids(tokenizer: Any, begin: str, count: int) -> list[int]:
