@@ -150,7 +150,10 @@ def draw_reading(
     """
     figure = new_figure(path, 13, 5.2)
     left, right = figure.subplots(1, 2)
-    for (name, parts), style in zip(losses.items(), cycle(_line_styles()), strict=False):
+    for n, ((name, parts), line) in enumerate(
+        zip(losses.items(), cycle(_line_styles()), strict=False)
+    ):
+        style = {**line, "zorder": 2.4 - n / 10}  # thin lines over wide ones where they agree
         if parts:
             edges = [*(start for start, _, _ in parts), parts[-1][1]]
             left.stairs([loss for _, _, loss in parts], edges, baseline=None, **style)
