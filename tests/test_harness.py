@@ -28,6 +28,7 @@ from lm_eval.tasks import TaskManager
 import _transformerfam_lm_eval as hook
 from transformerfam import harness
 from transformerfam.harness import StreamingLM
+from transformerfam.memory import Memory
 
 # Windows that hold every text here, in blocks that none of them fits into.
 PLAIN: dict[str, Any] = {"fam_length": 0, "sink_tokens": 0, "block_size": 16, "memory_segments": 31}
@@ -178,9 +179,9 @@ def test_a_context_of_several_choices_is_read_once(
     read: list[list[int]] = []
     absorb = stream.absorb
 
-    def counting(model: Any, ids: list[int]) -> Any:
+    def counting(model: Any, ids: list[int], memory: Memory) -> Any:
         read.append(ids)
-        return absorb(model, ids)
+        return absorb(model, ids, memory)
 
     monkeypatch.setattr(harness, "absorb", counting)
     alike(scores(model, *pairs), apart)
