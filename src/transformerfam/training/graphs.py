@@ -4,6 +4,7 @@ With small blocks a step is some ten thousand small kernels, and Python takes se
 start them as the GPU to run them. A recording starts them all at once. It is of one segment, forward
 and backward: every row is filled up to `bptt_blocks` blocks, or to the longest length that there may
 be, and begins anew, with the FAM that another text has left, or where the segment before has ended.
+Where only what is asked sees FAM (`fam_seen="asked"`) it is of a whole text, one for each length.
 """
 
 from __future__ import annotations
