@@ -216,9 +216,10 @@ class TokenPass:
         if self.config.stop_gradient:
             past, anchors = past.detach(), anchors.detach()
         own = tokens[:, :, plan.past_window :].unflatten(2, (plan.blocks, B)).transpose(1, 2)
-        parts = [past, anchors, own[:, :, :, : plan.own_used]]
+        shown = []
         if plan.shows_fam:
-            parts.insert(2, sliding(fams, self.fam_slots, self.config.fam_length, plan.blocks))
+            shown = [sliding(fams, self.fam_slots, self.config.fam_length, plan.blocks)]
+        parts = [past, anchors, *shown, own[:, :, :, : plan.own_used]]
         return torch.cat([p for p in parts if p.shape[3]], dim=3).flatten(0, 1)
 
     # ---- attention

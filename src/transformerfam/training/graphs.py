@@ -15,14 +15,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from transformerfam.call import Attended, Written, keeping
+from transformerfam.call import keeping
 from transformerfam.layer_memory import LayerMemory
 from transformerfam.memory import Memory
 from transformerfam.training.batches import Batch
 from transformerfam.training.cross_entropy import weighted_cross_entropy
 from transformerfam.training.curriculum import answers_said
 from transformerfam.training.recipe import Recipe
-from transformerfam.training.steps import Stepper
+from transformerfam.training.steps import FamAfterBlocks, Stepper
 
 Beginning = Literal["anew", "passed", "on"]
 
@@ -57,9 +57,9 @@ class RecordedStepper(Stepper):
         longest = max(self.longest, *(batch.inputs.shape[1] for batch in batches))
         segment = self.feedback.bptt_blocks * self.base.fam_config.block_size
         length = min(longest, segment) if segment else longest
-        if self._pool is None and self._some_ask:
-            self._pool = graph_pool()
-        elif length > self._length and not self._some_ask:
+        if self._some_ask:
+            self._pool = self._pool or graph_pool()
+        elif length > self._length:
             self._recordings.clear()  # before there is room for others
             self._streams.clear()
             self._length, self._pool = length, graph_pool()
@@ -258,7 +258,7 @@ class Recording:
         return summed, torch.tensor(said, dtype=torch.bool).view(2, -1)
 
     def _run(self) -> Tensor:
-        memory, written = self._beginning(), _Written()
+        memory, written = self._beginning(), FamAfterBlocks()
         if self._read:
             # Nothing that is read counts, and FAM is all that its gradient goes along.
             self._logits(slice(0, self._read), memory, written, logits_to_keep=1)
@@ -271,14 +271,14 @@ class Recording:
         summed = weighted_cross_entropy(logits.flatten(0, 1), targets.flatten(), weights.flatten())
         (summed * self._share).backward()
         # Only now: the backward pass has read what the segment began with.
-        if written.fams:
-            self.streams.write(written.after(self._last))
+        if written.blocks:
+            self.streams.write(written.first_row_after(self._last))
         if self._goes_on and memory is not None:
             self.streams.go_on(memory)
         return torch.cat([summed.detach()[None], said.flatten().to(summed.dtype)])
 
     def _logits(
-        self, columns: slice, memory: Memory | None, written: _Written, **more: Any
+        self, columns: slice, memory: Memory | None, written: FamAfterBlocks, **more: Any
     ) -> Tensor:
         """What the model says at some columns."""
         if self._writes:
@@ -305,22 +305,6 @@ class Recording:
             # How far they have come makes no difference once their windows are full.
             memory.advance(self.streams.layers, [self._inputs.shape[1]] * memory.rows)
         return memory
-
-
-class _Written:
-    """Sees the FAM of the first row after each block."""
-
-    def __init__(self) -> None:
-        self.fams: dict[int, list[Tensor]] = {}  # layer -> (1, N, d) after block 0, 1, ..
-
-    def __call__(self, seen: Attended | Written) -> None:
-        if isinstance(seen, Written):
-            self.fams.setdefault(seen.layer, []).append(seen.fam[:1].detach())
-
-    def after(self, block: Tensor) -> list[Tensor]:
-        """F of each layer after a block, (1,)."""
-        layers = [self.fams[layer] for layer in sorted(self.fams)]
-        return [torch.stack(fams).index_select(0, block)[0] for fams in layers]
 
 
 def graph_pool() -> Any:

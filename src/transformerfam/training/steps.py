@@ -71,6 +71,13 @@ class FamAfterBlocks:
             for _, fams in sorted(self._fams.items())
         ]
 
+    def first_row_after(self, block: Tensor) -> list[Tensor]:
+        """F of each layer of the first row, (1, N, d), after a block, (1,); without its gradient."""
+        return [
+            torch.stack([fam[:1].detach() for fam in fams]).index_select(0, block)[0]
+            for _, fams in sorted(self._fams.items())
+        ]
+
 
 class Stepper:
     """Forward and backward of steps.
