@@ -301,6 +301,11 @@ TOGETHER: list[tuple[str, str]] = [
     ("optimizer.warmup_steps=-1", "optimizer.warmup_steps must be at least 0"),
     ("feedback.bptt_blocks=-1", "feedback.bptt_blocks must be at least 0"),
     ("feedback.bptt_blocks=1", "teaches FAM nothing"),
+    (
+        "data.sources.1.kind=passkey data.sources.1.asked_prose=8",
+        'asked_prose of a source is for fam.fam_seen="asked"',
+    ),
+    ("fam.fam_seen=asked", 'take "single" for fam.fam_seen="asked"'),
     ("feedback.asked_blocks=-1", "feedback.asked_blocks must be at least 0"),
     ("feedback.asked_blocks=2", 'take fam.fam_seen="asked", data.layout="single"'),
     ("feedback.state_passing=2", "is a probability, from 0 to 1, and cannot be 2"),
@@ -345,6 +350,7 @@ GOOD = [
     "feedback.bias_steps=0 feedback.bias_start=0",
     # A baseline of any recipe: what concerns FAM does nothing.
     "fam.fam_length=0 feedback.state_passing=0.8 feedback.bias_start=-5",
+    "fam.fam_length=0 data.sources.1.kind=passkey data.sources.1.asked_prose=8",
     "data.sources.1.kind=passkey data.sources.1.lengths=64,64",
     "data.sources.1.kind=passkey data.sources.1.share=0",
 ]

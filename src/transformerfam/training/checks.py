@@ -326,8 +326,10 @@ def _check_asked(recipe: Recipe) -> None:
         '"single" for fam.fam_seen="asked".',
     )
     _refuse_unless(
-        fam.fam_seen == "asked" or not any(s.asked_prose for s in recipe.data.sources),
-        'data.sources.0.asked_prose is for fam.fam_seen="asked"; leave it out.',
+        fam.fam_seen == "asked"
+        or not fam.has_feedback
+        or not any(s.asked_prose for s in recipe.data.sources),
+        'asked_prose of a source is for fam.fam_seen="asked"; leave it out.',
     )
 
 
