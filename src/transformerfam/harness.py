@@ -201,8 +201,7 @@ class StreamingLM(TemplateLM):
                     same, score_each(self.model, [ids for *_, ids in same], memory), strict=True
                 ):
                     found.append((-each.nats, bool(each.hits.all())))
-                    if key is not None:
-                        self.cache_hook.add_partial("loglikelihood", key, found[-1])
+                    self.cache_hook.add_partial("loglikelihood", key, found[-1])
                     bar.update()
         return found
 
