@@ -19,6 +19,7 @@ from command_line import CONFIG, Run, loaded, refused, start
 from transformerfam import cli, models
 from transformerfam.commands import _compare, _options, _session
 from transformerfam.config import FamConfig
+from transformerfam.embedded import SHIPPED
 
 DOCS = Path(__file__).parents[1] / "docs" / "cli.md"
 
@@ -93,6 +94,31 @@ def test_every_field_of_the_geometry_has_an_option() -> None:
     assert changes == {name: value for name, (_, value) in given.items()}
     nothing = cli.build_parser(["read"]).parse_args(["read", "book.txt"])
     assert _options.geometry_changes(nothing) == {}
+
+
+@pytest.mark.parametrize(
+    ("words", "saved", "adapter"),
+    [
+        ([], None, SHIPPED),
+        (["--no-adapter"], None, None),
+        (["--adapter", "mine"], None, "mine"),
+        (["--model", "mine"], None, None),
+        (["--memory-source", "output"], None, None),
+        (["--model", "mine", "--adapter", "theirs"], None, "theirs"),
+        ([], FamConfig(adapted="fam"), SHIPPED),
+        ([], models.reading_config(), None),  # made with --no-adapter
+    ],
+)
+def test_the_default_model_comes_with_its_memory(
+    words: list[str], saved: FamConfig | None, adapter: str | None
+) -> None:
+    args = cli.build_parser(["read"]).parse_args(["read", "book.txt", *words])
+    assert _session.adapter_of(args, saved) == adapter
+
+
+def test_an_adapter_and_none_are_not_asked_for_at_once(fam: Run, book: str) -> None:
+    code, _, err = fam("read", book, "--adapter", "mine", "--no-adapter")
+    assert code == 2 and "not allowed with argument --adapter" in err
 
 
 @pytest.mark.parametrize(

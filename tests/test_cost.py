@@ -45,6 +45,13 @@ def test_keys_per_query_are_those_of_the_masks(config: FamConfig) -> None:
     assert keys.tolist() == [counted(config, t) for t in range(length)]
 
 
+def test_a_token_that_is_read_costs_no_look_at_a_fam_that_only_the_asked_see() -> None:
+    asked = FamConfig(block_size=4, memory_segments=1, fam_length=2, fam_seen="asked")
+    positions = np.arange(40)
+    expected = keys_per_query(asked.without_feedback(), positions)
+    assert keys_per_query(asked, positions).tolist() == expected.tolist()
+
+
 def test_feedback_costs_the_factor_of_the_paper() -> None:
     # Wide layers and no head: attention does not count, and 1 + N/B is left (1.0625).
     shape = ModelShape(

@@ -77,7 +77,10 @@ _EXTRA: dict[str, Callable[[FamConfig, ModelShape], int]] = {
 
 
 def keys_per_query(config: FamConfig, positions: Counts) -> Counts:
-    """Keys that the token at each position sees: window, sinks or globals, and FAMs."""
+    """Keys that the token at each position sees when it is read: window, sinks or globals, and FAMs.
+
+    Where tokens see FAM only if they are asked, one that is read sees none.
+    """
     t = positions.astype(np.int64)
     keys = _window_keys(config, t)
     if config.through_stack:
@@ -88,6 +91,8 @@ def keys_per_query(config: FamConfig, positions: Counts) -> Counts:
         keys = np.where(np.isin(t, globals_), t + 1, keys + before_window)
     # A sink is seen as a sink once the window has left it behind.
     keys = keys + np.minimum(config.sink_tokens, t + 1 - keys) * (config.sink_tokens > 0)
+    if config.fam_seen == "asked":
+        return keys
     fams = np.minimum(config.previous_fams, t // config.block_size)
     return keys + config.fam_length * fams
 

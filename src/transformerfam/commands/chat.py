@@ -58,7 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="the memory of --load holds a conversation: go on with it. Otherwise what was read is a "
         "text, and a conversation about it begins, with the template's system message if it has one",
     )
-    options.add_model(parser)
+    options.add_model(parser, with_memory=True)
     options.add_geometry(parser)
 
 

@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.add_quiet(parser)
     options.add_sampling(parser, max_new_tokens=200)
     options.add_memory(parser)
-    options.add_model(parser)
+    options.add_model(parser, with_memory=True)
     options.add_geometry(parser)
 
 

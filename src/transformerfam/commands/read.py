@@ -103,7 +103,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="FILE is the text that the memory of --load has begun: go on where it stopped. "
         "Otherwise FILE is read from its start, behind what was read before",
     )
-    options.add_model(parser)
+    options.add_model(parser, with_memory=True)
     options.add_geometry(parser)
 
 
