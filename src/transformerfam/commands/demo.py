@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 HELP = "watch a small real model remember what it read long ago, in constant memory"
 _ANSWER_TOKENS = 6  # a space and five digits
-_FIRST_ASKED = 500  # tokens read; then after twice as many, and so on
+_FIRST_ASKED = 1500  # tokens read; then after twice as many, and so on
 _CONVERSATION = ("What is the capital of France?", "What is it famous for? One sentence.")
 _REPLY_TOKENS = 48
 
@@ -45,22 +45,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--tokens",
         metavar="TOKENS",
         type=options.whole(_FIRST_ASKED),
-        default=4000,
+        default=6000,
         help="how much to read (default: %(default)s)",
     )
     parser.add_argument(
         "--full-limit",
         metavar="TOKENS",
         type=options.whole(2),
-        default=2048,
-        help="how far full attention reads (default: %(default)s)",
+        default=8192,
+        help="how far full attention reads (default: %(default)s, what the model was trained for)",
     )
     parser.add_argument(
         "--memory-segments",
         metavar="M",
         type=options.whole(0),
-        default=0,
-        help="past blocks that the windows hold (default: %(default)s)",
+        help="past blocks that the windows hold (default: as many as in training)",
     )
     parser.add_argument(
         "--seed",
@@ -129,13 +128,15 @@ def run(args: argparse.Namespace) -> int:
 # ---- what is read, by whom
 
 
-def _with_memory(memory_segments: int) -> tuple[Any, Any]:
+def _with_memory(memory_segments: int | None) -> tuple[Any, Any]:
     """The default model with its trained memory, in windows of so many past blocks."""
     from transformerfam import models
     from transformerfam.conversion import reconfigure
 
     model, tokenizer = models.load(adapter=models.SHIPPED)
-    return reconfigure(model, model.fam_config.replace(memory_segments=memory_segments)), tokenizer
+    if memory_segments is not None:
+        model = reconfigure(model, model.fam_config.replace(memory_segments=memory_segments))
+    return model, tokenizer
 
 
 def _token_ids(tokenizer: Any, begin: str, count: int) -> list[int]:
@@ -252,8 +253,8 @@ def _verdict(shown: Shown) -> str:
     beyond = [n for n in right[fam] if n > window and n not in right[windows]]
     if beyond:
         words = (
-            f"The feedback memory has the key after {max(beyond):,} tokens, {max(beyond) // window} "
-            "windows back;\nthe same weights without it do not"
+            f"The feedback memory has the key after {max(beyond):,} tokens, of which the windows hold "
+            f"{window:,};\nthe same weights without it do not"
         )
         lost = [n for n in shown.answers if n > max(beyond)]
         words += f", and after {min(lost):,} it has lost it." if lost else "."
