@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 HELP = "watch a small real model remember what it read long ago, in constant memory"
 _ANSWER_TOKENS = 6  # a space and five digits
-_FIRST_ASKED = 1500  # tokens read; then after twice as many, and so on
+_FIRST_ASKED = 1250  # tokens read; then after twice as many, and so on
 _CONVERSATION = ("What is the capital of France?", "What is it famous for? One sentence.")
 _REPLY_TOKENS = 48
 
@@ -45,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--tokens",
         metavar="TOKENS",
         type=options.whole(_FIRST_ASKED),
-        default=6000,
+        default=5000,
         help="how much to read (default: %(default)s)",
     )
     parser.add_argument(
@@ -258,6 +258,11 @@ def _verdict(shown: Shown) -> str:
         )
         lost = [n for n in shown.answers if n > max(beyond)]
         words += f", and after {min(lost):,} it has lost it." if lost else "."
+    elif sees := [n for n in right[fam] if n not in right[windows]]:
+        words = (
+            f"The feedback memory says the key after {max(sees):,} tokens; the same weights without it, "
+            "which still\nsee it in their windows, do not."
+        )
     elif right[fam]:
         words = "Whoever says the key still sees it: read more than a window holds (--tokens)."
     else:
@@ -306,7 +311,10 @@ def _saved_and_opened(memory: Memory, model: Any) -> tuple[Memory, str]:
 
 
 def _marked(said: str, key: str) -> str:
-    return f"{said} {'✓' if said == key else '✗'}"
+    if said == key:
+        return f"{said} ✓"
+    digits = sum(a == b for a, b in zip(said, key, strict=True)) if len(said) == len(key) else 0
+    return f"{said} ✗ {digits} of {len(key)}" if digits else f"{said} ✗"
 
 
 # ---- what is kept
