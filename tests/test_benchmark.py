@@ -123,10 +123,19 @@ def test_demo_reads_asks_saves_and_draws(
 @pytest.mark.parametrize(
     ("feedback", "windows", "says"),
     [
-        ((1, 1, 0), (1, 0, 0), "has the key after 32 tokens, 2 windows back;\nthe same weights"),
+        (
+            (1, 1, 0),
+            (1, 0, 0),
+            "has the key after 32 tokens, of which the windows hold 16;\nthe same",
+        ),
         ((1, 1, 0), (1, 0, 0), "do not, and after 64 it has lost it."),
-        ((1, 1, 1), (1, 0, 0), "has the key after 64 tokens, 4 windows back;\nthe same weights"),
+        (
+            (1, 1, 1),
+            (1, 0, 0),
+            "has the key after 64 tokens, of which the windows hold 16;\nthe same",
+        ),
         ((1, 0, 0), (1, 0, 0), "read more than a window holds"),
+        ((1, 0, 0), (0, 0, 0), "which still\nsee it in their windows, do not."),
         ((0, 0, 0), (1, 0, 0), "The feedback memory has lost the key."),
     ],
 )
@@ -140,6 +149,20 @@ def test_demo_says_what_came_of_it(
         said = {fam_name: ours, plain: theirs, full: True}
         shown.answers[tokens] = {n: "12345" if right else "1" for n, right in said.items()}
     assert says in demo._verdict(shown)
+
+
+@pytest.mark.parametrize(
+    ("said", "shown"),
+    [
+        ("12345", "12345 ✓"),
+        ("12945", "12945 ✗ 4 of 5"),
+        ("99999", "99999 ✗"),
+        ("a key", "a key ✗"),
+        ("123", "123 ✗"),
+    ],
+)
+def test_the_demo_tells_how_many_digits_are_right(said: str, shown: str) -> None:
+    assert demo._marked(said, "12345") == shown
 
 
 def test_the_text_of_the_demo_is_long_and_english() -> None:

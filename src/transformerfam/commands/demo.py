@@ -65,7 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--seed",
         metavar="N",
         type=options.whole(0),
-        default=0,
+        default=1,
         help="of the pass key (default: %(default)s)",
     )
     parser.add_argument(
