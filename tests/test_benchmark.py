@@ -98,6 +98,7 @@ def test_demo_reads_asks_saves_and_draws(
     small = FamConfig(block_size=64, memory_segments=1, fam_length=4)
     loaded = models.load
     monkeypatch.setattr(models, "load", lambda config=small, adapter=None: loaded(folder, config))
+    monkeypatch.setattr(demo, "_FIRST_ASKED", 500)
     picture, numbers = tmp_path / "demo.png", tmp_path / "demo.json"
     files = ["--out", str(picture), "--json", str(numbers)]
     args = ["--tokens", "1000", "--full-limit", "600", *files]
