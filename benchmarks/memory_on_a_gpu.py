@@ -1,9 +1,11 @@
 """Teach the default model its memory within minutes of a GPU, by its recipes (docs/training.md).
 
     .venv/bin/python benchmarks/memory_on_a_gpu.py --filler books --out memory --minutes 9
+    .venv/bin/python benchmarks/memory_on_a_gpu.py --filler books --out memory --minutes 9 \\
+        --adapter shipped --from smollm2-updates
 
-The same as `fam train` with each recipe, from the adapter of the one before, in larger steps; all but
-`smollm2-updates`, whose texts of many blocks take too long to record.
+The same as `fam train` with each recipe, from the adapter of the one before, in larger steps. To record
+a step takes half a second a block: texts are of a length or two here, where the recipes have many.
 A stage that has its adapter in OUT is not done again, and one that was broken off goes on from its last
 checkpoint. Minutes are those of training: loading takes half a minute more a stage. What is in
 OUT/adapter in the end is small enough to be carried about (bfloat16). `--check` takes one short step of
@@ -28,31 +30,50 @@ from transformerfam.training.trainer import train
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 # What cannot be recorded is left out: texts that grow, and questions behind their blocks.
-LARGE = (
-    "data.batch_size=32",
-    "data.micro_batch_size=0",
-    "data.begin_length=0",
-    "feedback.asked_blocks=0",
+LARGE = ("data.micro_batch_size=0", "data.begin_length=0", "feedback.asked_blocks=0")
+# Recipe, its share of the time when all are done, rows of a step, lengths (none: the recipe's), and what
+# else is changed. Lengths are such that what is asked begins well within a block, in all texts (two would
+# be a range, and cannot be recorded).
+STAGES: tuple[tuple[str, float, int, tuple[int, ...], tuple[str, ...]], ...] = (
+    ("smollm2-begin", 0.1, 64, (), ()),
+    ("smollm2-memory", 0.25, 32, (), LARGE),
+    (
+        "smollm2-updates",
+        0.25,
+        48,
+        (1060, 2080, 2080),
+        (*LARGE, "feedback.drawn_segments=1", "optimizer.learning_rate=7e-4"),
+    ),
+    (
+        "smollm2-windows",
+        0.4,
+        24,
+        (5300, 9400, 9400),
+        (*LARGE, "data.length=16384", "optimizer.learning_rate=6e-4"),
+    ),
 )
-# Recipe, its share of the time, and what is changed.
-STAGES = (
-    ("smollm2-begin", 0.15, ()),
-    ("smollm2-memory", 0.5, LARGE),
-    ("smollm2-windows", 0.35, LARGE),
-)
+NAMES = [name for name, *_ in STAGES]
 ON_A_GPU = ("model.dtype=bfloat16", "run.precision=bf16", "run.checkpoint_every=50")
 CHECK = ("run.steps=1", "data.batch_size=2")
 
 
 def recipe(stage: int, args: argparse.Namespace) -> Recipe:
     """A stage, which goes on from the adapter of the one before."""
-    name, share, larger = STAGES[stage]
+    name, share, rows, lengths, larger = STAGES[stage]
     changes = [*larger, f"run.output={args.out / name}", f"model.base={args.model}"]
-    changes += [f"data.filler={args.filler}"]
-    if stage:
-        changes.append(f"model.adapter={args.out / STAGES[stage - 1][0]}")
+    changes += [f"data.filler={args.filler}", f"data.batch_size={rows}"]
+    if lengths:
+        each = ",".join(map(str, lengths))
+        sources = range(len(Recipe.load(find(name), []).data.sources))
+        changes += [f"data.sources.{i}.lengths={each}" for i in sources]
+    first = NAMES.index(args.first)
+    if stage > first:
+        changes.append(f"model.adapter={args.out / NAMES[stage - 1]}")
+    elif args.adapter:
+        changes.append(f"model.adapter={args.adapter}")
     if args.check:
         return Recipe.load(find(name), [*changes, *CHECK])
+    share /= sum(share for _, share, *_ in STAGES[first:])
     changes += [*ON_A_GPU, f"run.minutes={share * args.minutes}"]
     return Recipe.load(
         find(name), [*changes, f"run.cuda_graphs={'true' if args.record else 'false'}"]
@@ -78,12 +99,16 @@ def main() -> None:
     parser.add_argument("--filler", type=Path, required=True, help="prose to hide things in")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--model", default="smollm2", help="the default model, or its weights")
+    parser.add_argument("--adapter", default="", help="begin with this one")
+    parser.add_argument("--from", dest="first", choices=NAMES, default=NAMES[0], help="stage")
     parser.add_argument("--minutes", type=float, default=9.0, help="of training")
     parser.add_argument("--no-record", dest="record", action="store_false", help="no CUDA graphs")
     parser.add_argument("--check", action="store_true", help="one step of each stage, on a CPU")
     args = parser.parse_args()
     args.out = args.out / "check" if args.check else args.out
-    for stage, (name, *_) in enumerate(STAGES):
+    for stage, name in enumerate(NAMES):
+        if stage < NAMES.index(args.first):
+            continue
         if not (args.out / name / WEIGHTS).exists():
             begun = any((args.out / name / CHECKPOINTS).glob("step-*"))
             if not begun:

@@ -96,6 +96,23 @@ def test_readers_that_cannot_differ_yet_are_asked_once(
             assert ("same_as" in line) == (models.index(ask_.reader.model) != n)
 
 
+def test_questions_may_be_read_side_by_side(model: Any, tmp_path: Path) -> None:
+    readers = readers_of(model, ["model", "bswa", "full"], full_limit=25)
+    cases = [case(length=7, count=5), case(length=20, count=5), case(length=40, count=5)]
+    found = []
+    for together in (1, 2, 5):
+        asks = evaluate.plan(readers, cases, together=together)
+        results = evaluate.Results(tmp_path / str(together), readers, seed=0)
+        lines = [line for _, line in evaluate.evaluate(asks, results, together)]
+        kept = evaluate.read_results(results.folder)[1]
+        timeless = [{k: v for k, v in line.items() if k != "seconds"} for line in kept]
+        assert len(lines) == len(kept) == len({ask.key for ask in asks}) == 45
+        found.append(sorted(timeless, key=lambda line: str(line["key"])))
+    assert found[0] == found[1] == found[2]
+    assert sum("same_as" in line for line in found[0]) == 10  # within the first block
+    assert sum("skipped" in line for line in found[0]) == 5
+
+
 def test_an_adapter_makes_other_weights(model: Any) -> None:
     twins = [Reader(n, conversion.twin(model, CONFIG)) for n in ("model", "adapted")]
     assert twins[0].same_as(twins[1], 8) and not twins[0].same_as(twins[1], 9)

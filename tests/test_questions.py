@@ -11,7 +11,7 @@ from families import converted, some_tokens
 from torch import Tensor
 
 from transformerfam import FamConfig, evaluate
-from transformerfam.tasks.questions import Choose, Fit, Follow, Recite, Say
+from transformerfam.tasks.questions import Choose, Fit, Follow, Recite, Say, ask_together
 
 CONFIG = FamConfig.paper(block_size=8, memory_segments=1, fam_length=2, sink_tokens=2)
 IDS = some_tokens(1, 45)[0].tolist()
@@ -48,6 +48,25 @@ def test_recite_is_right_if_greedy_decoding_says_it(model: Any, wrong: int | Non
     said = log_probabilities(model, [*IDS, *answer])[len(IDS) - 1 : -1].argmax(-1).tolist()
     right = sum(a == b for a, b in zip(said, answer, strict=True))
     assert metrics["tokens"] == pytest.approx(right / 5)
+
+
+@pytest.mark.parametrize("seen", ["always", "asked"])
+def test_questions_read_side_by_side_bring_what_each_brings_alone(seen: str) -> None:
+    model = converted(CONFIG.replace(fam_seen=seen))
+    questions = []
+    for number, wrong in enumerate((None, 0, 3)):
+        ids = some_tokens(1, 45, seed=number)[0].tolist()
+        answer = greedy(model, ids, 5) if seen == "always" else ids[5:10]
+        if wrong is not None:
+            answer[wrong] = (answer[wrong] + 1) % 64
+        questions.append(Recite(ids[38:], answer, text=ids[:38]))
+    alone = [question.ask(model) for question in questions]
+    assert ask_together(model, questions) == alone
+    if seen == "always":
+        assert [metrics["exact"] for metrics in alone] == [1, 0, 0]
+    # Those that cannot be read side by side are asked one by one.
+    others = [Recite(IDS, IDS[:2]), Choose(IDS, [[5, 6], [7]], 0), questions[0]]
+    assert ask_together(model, others) == [question.ask(model) for question in others]
 
 
 def test_choose_takes_the_likeliest_and_the_likeliest_by_length(model: Any) -> None:

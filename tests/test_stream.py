@@ -18,7 +18,15 @@ from variants import VARIANTS
 from transformerfam import stream
 from transformerfam.config import FamConfig
 from transformerfam.memory import Memory
-from transformerfam.stream import Sampling, absorb, generate, read, score_each
+from transformerfam.stream import (
+    Sampling,
+    absorb,
+    absorb_rows,
+    generate,
+    hits_of_rows,
+    read,
+    score_each,
+)
 
 CONFIG = FamConfig.paper(block_size=8, memory_segments=1, fam_length=3, sink_tokens=2)
 TEXT = some_tokens(1, 61, seed=1)[0].tolist()
@@ -269,6 +277,30 @@ def test_only_windows_without_a_memory_pass_anything_over(monkeypatch: pytest.Mo
     assert sum(counts) == 6 + 3 * 6 + 2
     absorb(converted(VARIANTS["paper"]), some_tokens(1, 200)[0].tolist())
     assert sum(counts) == 26 + 200
+
+
+@pytest.mark.parametrize("asked", [False, True])
+def test_streams_side_by_side_are_read_as_each_alone(asked: bool) -> None:
+    model = converted(CONFIG.replace(fam_seen="asked" if asked else "always"))
+    rows = [some_tokens(1, 40, seed=n)[0].tolist() for n in range(3)]
+    side_by_side = absorb_rows(model, [ids[:30] for ids in rows])
+    absorb_rows(model, [[], [], []], side_by_side)
+    assert side_by_side.position == (30, 30, 30)
+    side_by_side.asking = asked
+    hits = hits_of_rows(model, [ids[30:] for ids in rows], side_by_side, last=9)
+    assert hits.shape == (3, 9) and side_by_side.position == (40, 40, 40)
+    for row, ids in enumerate(rows):
+        alone = absorb(model, ids[:30])
+        alone.asking = asked
+        (chunk,) = read(model, ids[30:], alone)
+        assert hits[row].tolist() == chunk.hits[-9:].tolist()
+        for (name, one), (_, many) in zip(alone.tensors(), side_by_side.tensors(), strict=False):
+            if name != "next_logits":
+                torch.testing.assert_close(many[row : row + 1], one, atol=1e-5, rtol=1e-5)
+    with pytest.raises(ValueError, match="as long as each other"):
+        absorb_rows(model, [[1, 2], [3]])
+    with pytest.raises(ValueError, match="Token 64 is not in the model's vocabulary"):
+        absorb_rows(model, [[1, 2], [3, VOCABULARY]])
 
 
 @pytest.mark.parametrize("before", [0, 13])

@@ -14,8 +14,10 @@ import platform
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import transformers
@@ -28,11 +30,13 @@ from transformerfam.files import append_line, whole_file
 from transformerfam.memory_file import fingerprint
 from transformerfam.readers import Reader
 from transformerfam.tasks.cases import Case
+from transformerfam.tasks.questions import Question, ask_together
 
 FORMAT = 1
 _ABOUT, _RESULTS = "about.json", "results-{:03d}.jsonl"
 
 Line = dict[str, Any]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -51,15 +55,27 @@ class Ask:
 
 
 def plan(
-    readers: Sequence[Reader], cases: Sequence[Case], process: int = 0, processes: int = 1
+    readers: Sequence[Reader],
+    cases: Sequence[Case],
+    process: int = 0,
+    processes: int = 1,
+    together: int = 1,
 ) -> list[Ask]:
-    """What one of several processes is to ask, all readers in turn about each question."""
+    """What one of several processes is to ask, all readers in turn about each `together` questions."""
     questions = [(case, number) for case in cases for number in range(case.count)]
+    own = questions[process::processes]
     return [
         Ask(reader, case, number)
-        for case, number in questions[process::processes]
+        for case, same in groupby(own, key=itemgetter(0))
+        for some in slices([number for _, number in same], together)
         for reader in readers
+        for number in some
     ]
+
+
+def slices(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
+    """Items, so many at a time."""
+    return (items[i : i + size] for i in range(0, len(items), size))
 
 
 class Results:
@@ -106,47 +122,73 @@ def _is_done(line: Line, limits: Mapping[str, int | None]) -> bool:
     return "skipped" not in line or (limit is not None and line["tokens"] > limit)
 
 
-def evaluate(asks: Sequence[Ask], results: Results) -> Iterator[tuple[Ask, Line]]:
+def evaluate(
+    asks: Sequence[Ask], results: Results, together: int = 1
+) -> Iterator[tuple[Ask, Line]]:
     """Ask what is not in `results` yet; each answer is kept before it is given out.
 
     A question that is too long for a reader is kept as skipped. Readers that cannot differ yet
     (`Reader.same_as`) are asked once for all.
+
+    Args:
+        asks: see `plan`.
+        results: where answers are kept.
+        together: so many questions of a case are read side by side, if their lengths allow it.
     """
-    before: tuple[Ask, Line] | None = None
-    software = ", ".join(f"{name} {version}" for name, version in _software().items())
+    case: Case | None = None
+    before: dict[int, tuple[Ask, Line]] = {}  # number of a question -> who was asked last
+    todo = [ask for ask in asks if ask.key not in results.done]
+    for _, same in groupby(todo, key=lambda ask: (id(ask.case), ask.reader.name)):
+        for some in slices(list(same), together):
+            if some[0].case is not case:
+                case, before = some[0].case, {}
+            answered = _answered(some, before)
+            for ask, line in answered:
+                results.add(ask, line)
+                if "seconds" in line:
+                    before[ask.number] = ask, line
+            yield from answered
+
+
+def _answered(
+    asks: Sequence[Ask], before: Mapping[int, tuple[Ask, Line]]
+) -> list[tuple[Ask, Line]]:
+    """Lines of questions of one case to one reader."""
+    found, open_questions = [], list[tuple[Line, Question]]()
     for ask in asks:
-        if ask.key in results.done:
-            continue
         question = ask.case.make(ask.number)
-        line: Line = {
-            "format": FORMAT,
-            "reader": ask.reader.name,
-            "task": ask.case.task,
-            "version": ask.case.version,
-            "setting": dict(ask.case.setting),
-            "question": ask.number,
-            "metric": ask.case.metric,
-            "tokens": question.tokens,
-            "facts": dict(question.facts),
-            "software": software,
-        }
-        limit = ask.reader.limit
+        line = _line(ask, question)
+        limit, last = ask.reader.limit, before.get(ask.number)
         if limit is not None and question.tokens > limit:
             line["skipped"] = f"longer than {limit:,} tokens"
-        elif before is not None and _cannot_differ(ask, before[0], question.tokens):
-            line |= {"metrics": before[1]["metrics"], "same_as": before[0].reader.name}
+        elif last is not None and ask.reader.same_as(last[0].reader, question.tokens):
+            line |= {"metrics": last[1]["metrics"], "same_as": last[0].reader.name}
         else:
-            began = time.perf_counter()
-            line["metrics"] = question.ask(ask.reader.model)
-            line["seconds"] = round(time.perf_counter() - began, 3)
-            before = ask, line
-        results.add(ask, line)
-        yield ask, line
+            open_questions.append((line, question))
+        found.append((ask, line))
+    if open_questions:
+        began = time.perf_counter()
+        answers = ask_together(asks[0].reader.model, [question for _, question in open_questions])
+        seconds = round((time.perf_counter() - began) / len(answers), 3)
+        for (line, _), metrics in zip(open_questions, answers, strict=True):
+            line |= {"metrics": metrics, "seconds": seconds}
+    return found
 
 
-def _cannot_differ(ask: Ask, before: Ask, tokens: int) -> bool:
-    same_question = ask.case is before.case and ask.number == before.number
-    return same_question and ask.reader.same_as(before.reader, tokens)
+def _line(ask: Ask, question: Question) -> Line:
+    """What is known before it is asked."""
+    return {
+        "format": FORMAT,
+        "reader": ask.reader.name,
+        "task": ask.case.task,
+        "version": ask.case.version,
+        "setting": dict(ask.case.setting),
+        "question": ask.number,
+        "metric": ask.case.metric,
+        "tokens": question.tokens,
+        "facts": dict(question.facts),
+        "software": ", ".join(f"{name} {version}" for name, version in _software().items()),
+    }
 
 
 # ---- files

@@ -153,6 +153,68 @@ def _absorb_within_reach(model: Any, ids: list[int], memory: Memory) -> None:
         raise
 
 
+@torch.no_grad()
+def absorb_rows(model: Any, rows: Sequence[Sequence[int]], memory: Memory | None = None) -> Memory:
+    """Read streams that are as long as each other side by side: `absorb` for several rows.
+
+    Args:
+        model: a TransformerFAM.
+        rows: token ids of each stream; may be empty in all.
+        memory: where they stand, one row each; advanced in place. None: fresh streams.
+
+    Raises:
+        ValueError: for streams of different lengths, or a token id that the model does not have.
+    """
+    memory = Memory.for_model(model, len(rows)) if memory is None else memory
+    inputs, chunk_length = _as_rows(model, rows), _chunk_lengths(model, memory, None)
+    start = 0
+    while start < inputs.shape[1]:
+        stop = start + chunk_length(memory.position[0])
+        with _evaluating(model):
+            model(
+                input_ids=inputs[:, start:stop],
+                past_key_values=memory,
+                use_cache=True,
+                logits_to_keep=1,
+            )
+        start = stop
+    return memory
+
+
+@torch.no_grad()
+def hits_of_rows(model: Any, rows: Sequence[Sequence[int]], memory: Memory, *, last: int) -> Tensor:
+    """Read streams on in one call: whether each of their `last` tokens was the likeliest.
+
+    Args:
+        model: a TransformerFAM.
+        rows: token ids of each stream, as long as each other and longer than `last`.
+        memory: where they stand, one row each; advanced in place.
+        last: how many of the tokens are looked at.
+
+    Returns:
+        (rows, last) bool on the CPU.
+
+    Raises:
+        ValueError: as `absorb_rows`.
+    """
+    inputs = _as_rows(model, rows)
+    with _evaluating(model):
+        logits = model(
+            input_ids=inputs, past_key_values=memory, use_cache=True, logits_to_keep=last + 1
+        ).logits
+    hits: Tensor = logits[:, :-1].argmax(-1) == inputs[:, -last:]
+    return hits.cpu()
+
+
+def _as_rows(model: Any, rows: Sequence[Sequence[int]]) -> Tensor:
+    if len(set(map(len, rows))) != 1:
+        raise ValueError("Streams that are read side by side must be as long as each other.")
+    for ids in rows:
+        _check_vocabulary(model, ids)
+    device = model.get_input_embeddings().weight.device
+    return torch.tensor([list(ids) for ids in rows], dtype=torch.long, device=device)
+
+
 @dataclass(frozen=True)
 class Scored:
     """How well a continuation of a stream was predicted.

@@ -123,6 +123,13 @@ def _add_questions(parser: argparse.ArgumentParser) -> None:
         help="cut documents here (the paper: 262144; default: nowhere)",
     )
     parser.add_argument(
+        "--together",
+        metavar="COUNT",
+        type=options.whole(1),
+        default=1,
+        help="keys of a length that are read side by side, for a GPU (default: %(default)s)",
+    )
+    parser.add_argument(
         "--full-limit",
         metavar="TOKENS",
         type=options.whole(1),
@@ -151,9 +158,9 @@ def run(args: argparse.Namespace) -> int:
     cases = [case for name in names for case in TASKS[name].cases(wanted)]
     readers = readers_of(session.model, args.readers.split(","), full_limit=args.full_limit)
     results = evaluate.Results(Path(args.output), readers, seed=args.seed, process=process)
-    asks = evaluate.plan(readers, cases, process, processes)
+    asks = evaluate.plan(readers, cases, process, processes, args.together)
     began = time.monotonic()
-    stopped = _ask_all(asks, results, progress)
+    stopped = _ask_all(asks, results, progress, args.together)
     if process == 0:
         lines = evaluate.read_results(results.folder)[1]
         print("\n\n".join(_tables(lines, cases, [reader.name for reader in readers])))
@@ -221,7 +228,7 @@ def _words(args: argparse.Namespace) -> list[str]:
 # ---- asking
 
 
-def _ask_all(asks: Sequence[Ask], results: Any, progress: report.Progress) -> bool:
+def _ask_all(asks: Sequence[Ask], results: Any, progress: report.Progress, together: int) -> bool:
     """Whether it was stopped by Ctrl-C, which ends it after the present question."""
     from transformerfam import answers, evaluate
     from transformerfam.commands import _session
@@ -234,7 +241,7 @@ def _ask_all(asks: Sequence[Ask], results: Any, progress: report.Progress) -> bo
     with _session.StopOnInterrupt(
         lambda: _session.say_at_once("Stopping after this question; Ctrl-C again stops at once.")
     ) as stop:
-        for done, (ask, line) in enumerate(evaluate.evaluate(todo, results), 1):
+        for done, (ask, line) in enumerate(evaluate.evaluate(todo, results, together), 1):
             tokens += line["tokens"] if "seconds" in line else 0  # not skipped, not another's
             seconds = time.monotonic() - began
             left = seconds / done * (len(todo) - done)

@@ -22,7 +22,14 @@ import torch
 
 from transformerfam.memory import Memory
 from transformerfam.report import bits_per_byte
-from transformerfam.stream import absorb, generate, read, score_each
+from transformerfam.stream import (
+    absorb,
+    absorb_rows,
+    generate,
+    hits_of_rows,
+    read,
+    score_each,
+)
 
 Metrics = dict[str, Any]
 
@@ -219,6 +226,23 @@ class Follow:
             "nats": nats,
             "right": right,
         }
+
+
+def ask_together(model: Any, questions: Sequence[Question]) -> list[Metrics]:
+    """What each of several questions brings; such as are as long as each other are read side by side.
+
+    Those are `Recite` alone. A GPU, which is mostly waiting while it reads one stream, reads eight in
+    about the time of one.
+    """
+    alike = {(len(q.text), len(q.ids), len(q.answer)) for q in questions if isinstance(q, Recite)}
+    recited = [question for question in questions if isinstance(question, Recite)]
+    if len(questions) == 1 or len(alike) != 1 or len(recited) != len(questions):
+        return [question.ask(model) for question in questions]
+    memory = absorb_rows(model, [question.text for question in recited])
+    said = [[*question.ids, *question.answer] for question in recited]
+    with memory.asked():
+        hits = hits_of_rows(model, said, memory, last=len(recited[0].answer))
+    return [{"exact": float(h.all()), "tokens": float(h.float().mean())} for h in hits]
 
 
 def _behind(model: Any, text: Sequence[int], ids: Sequence[int]) -> Memory:
