@@ -31,9 +31,9 @@ from transformerfam.training.trainer import train
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 # What cannot be recorded is left out: texts that grow, and questions behind their blocks.
 LARGE = ("data.micro_batch_size=0", "data.begin_length=0", "feedback.asked_blocks=0")
-# Recipe, its share of the time when all are done, rows of a step, lengths (none: the recipe's), and what
-# else is changed. Lengths are such that what is asked begins well within a block, in all texts (two would
-# be a range, and cannot be recorded).
+# Recipe, its share of the time when all are done, rows of a step, lengths (none: the recipe's), and
+# what else is changed. Lengths are such that what is asked begins well within a block, in all texts;
+# two of them would be a range, which cannot be recorded.
 STAGES: tuple[tuple[str, float, int, tuple[int, ...], tuple[str, ...]], ...] = (
     ("smollm2-begin", 0.1, 64, (), ()),
     ("smollm2-memory", 0.25, 32, (), LARGE),
@@ -47,7 +47,7 @@ STAGES: tuple[tuple[str, float, int, tuple[int, ...], tuple[str, ...]], ...] = (
     (
         "smollm2-windows",
         0.4,
-        24,
+        12,
         (5300, 9400, 9400),
         (*LARGE, "data.length=16384", "optimizer.learning_rate=6e-4"),
     ),

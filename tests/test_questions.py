@@ -65,7 +65,7 @@ def test_questions_read_side_by_side_bring_what_each_brings_alone(seen: str) -> 
     if seen == "always":
         assert [metrics["exact"] for metrics in alone] == [1, 0, 0]
     # Those that cannot be read side by side are asked one by one.
-    others = [Recite(IDS, IDS[:2]), Choose(IDS, [[5, 6], [7]], 0), questions[0]]
+    others: list[Any] = [Recite(IDS, IDS[:2]), Choose(IDS, [[5, 6], [7]], 0), questions[0]]
     assert ask_together(model, others) == [question.ask(model) for question in others]
 
 
