@@ -15,7 +15,8 @@ from torch import Tensor
 
 from transformerfam import FamConfig, Memory, convert, read
 from transformerfam.conversion import reconfigure, twin
-from transformerfam.stream import absorb, generate, score_each
+from transformerfam.side_by_side import score_each
+from transformerfam.stream import absorb, generate
 from transformerfam.tasks.questions import Recite
 
 B = 6

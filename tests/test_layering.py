@@ -33,7 +33,7 @@ ORDER = [
         "recurrent",
     ),
     *("modules", "probe", "layer", "modeling", "auto", "conversion", "embedded", "models"),
-    *("text", "stream", "turns", "data", "plots", "benchmark"),
+    *("text", "stream", "side_by_side", "turns", "data", "plots", "benchmark"),
     *("inspection", "inspection_page", "attention_maps"),
     *("tasks", "readers", "evaluate", "answers", "training", "reproduction"),
     *("commands", "cli", "harness", "__main__"),

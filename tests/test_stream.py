@@ -15,18 +15,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from variants import VARIANTS
 
-from transformerfam import stream
+from transformerfam import side_by_side, stream
 from transformerfam.config import FamConfig
 from transformerfam.memory import Memory
-from transformerfam.stream import (
-    Sampling,
-    absorb,
-    absorb_rows,
-    generate,
-    hits_of_rows,
-    read,
-    score_each,
-)
+from transformerfam.side_by_side import absorb_rows, hits_of_rows, score_each
+from transformerfam.stream import Sampling, absorb, generate, read
 
 CONFIG = FamConfig.paper(block_size=8, memory_segments=1, fam_length=3, sink_tokens=2)
 TEXT = some_tokens(1, 61, seed=1)[0].tolist()
@@ -283,18 +276,18 @@ def test_only_windows_without_a_memory_pass_anything_over(monkeypatch: pytest.Mo
 def test_streams_side_by_side_are_read_as_each_alone(asked: bool) -> None:
     model = converted(CONFIG.replace(fam_seen="asked" if asked else "always"))
     rows = [some_tokens(1, 40, seed=n)[0].tolist() for n in range(3)]
-    side_by_side = absorb_rows(model, [ids[:30] for ids in rows])
-    absorb_rows(model, [[], [], []], side_by_side)
-    assert side_by_side.position == (30, 30, 30)
-    side_by_side.asking = asked
-    hits = hits_of_rows(model, [ids[30:] for ids in rows], side_by_side, last=9)
-    assert hits.shape == (3, 9) and side_by_side.position == (40, 40, 40)
+    together = absorb_rows(model, [ids[:30] for ids in rows])
+    absorb_rows(model, [[], [], []], together)
+    assert together.position == (30, 30, 30)
+    together.asking = asked
+    hits = hits_of_rows(model, [ids[30:] for ids in rows], together, last=9)
+    assert hits.shape == (3, 9) and together.position == (40, 40, 40)
     for row, ids in enumerate(rows):
         alone = absorb(model, ids[:30])
         alone.asking = asked
         (chunk,) = read(model, ids[30:], alone)
         assert hits[row].tolist() == chunk.hits[-9:].tolist()
-        for (name, one), (_, many) in zip(alone.tensors(), side_by_side.tensors(), strict=False):
+        for (name, one), (_, many) in zip(alone.tensors(), together.tensors(), strict=False):
             if name != "next_logits":
                 torch.testing.assert_close(many[row : row + 1], one, atol=1e-5, rtol=1e-5)
     with pytest.raises(ValueError, match="as long as each other"):
@@ -323,7 +316,7 @@ def test_continuations_that_take_too_much_memory_side_by_side_are_read_in_groups
     at_once = [scored.nats for scored in score_each(MODEL, CONTINUATIONS, memory)]
     for room in (1, 2):  # rows
         each = memory.nbytes + 4 * VOCABULARY * 17
-        monkeypatch.setattr(stream, "_SIDE_BY_SIDE_BYTES", room * each)
+        monkeypatch.setattr(side_by_side, "_SIDE_BY_SIDE_BYTES", room * each)
         in_groups = [scored.nats for scored in score_each(MODEL, CONTINUATIONS, memory)]
         assert in_groups == pytest.approx(at_once, abs=1e-4)
     with pytest.raises(ValueError, match=f"Token {VOCABULARY} is not in"):

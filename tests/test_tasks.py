@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from command_line import Run
 from test_text import PROSE, TOKENIZERS
+from test_turns import TEMPLATES
 
 from transformerfam.errors import UserError
 from transformerfam.tasks import TASKS, Task, Wanted, babilong, longqa
@@ -20,7 +21,8 @@ TOKENIZER = TOKENIZERS["gpt2"]
 # Words enough for lists of words.
 WORDS = " ".join(f"word{a}{b}" for a in "abcdefghij" for b in "klmnopqrst")
 FILLER = [PROSE * 3, WORDS + "."]
-MADE = [name for name in TASKS if name.startswith(("passkey", "recall", "ruler-niah", "ruler-vt"))]
+_KINDS = ("passkey", "facts", "recall", "ruler-niah", "ruler-vt")
+MADE = [name for name in TASKS if name.startswith(_KINDS)]
 MADE += ["babilong-qa1", "babilong-qa2"]
 
 
@@ -83,6 +85,21 @@ def test_recall_asks_for_a_segment_that_stands_in_the_text() -> None:
     assert isinstance(question, Recite)
     told, marker, given = text(whole(question)).partition("[repeat random segment]:")
     assert marker and given + text(question.answer) in told
+
+
+@pytest.mark.parametrize("template", [None, TEMPLATES["chatml"]])
+def test_a_fact_is_told_and_what_is_left_to_say_is_what_it_is_about(
+    template: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(TOKENIZER, "chat_template", template)
+    for name in ("facts", "facts-anywhere"):
+        for question in map(only(name).make, range(20)):
+            assert isinstance(question, Recite)
+            key = question.facts["key"]
+            assert text(question.answer) == f" {key}"
+            assert key in text(question.text) and question.facts["depth"] <= (name != "facts")
+            assert ("<|im_start|>" in text(question.ids)) == bool(template)
+            assert "?" in text(question.ids) and not text(question.ids).endswith(key)
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,8 @@ from transformerfam.extras import require
 from transformerfam.memory import Memory
 from transformerfam.models import EMBEDDED, is_trained, load
 from transformerfam.readers import readers_of
-from transformerfam.stream import Sampling, absorb, generate, read, score_each
+from transformerfam.side_by_side import score_each
+from transformerfam.stream import Sampling, absorb, generate, read
 from transformerfam.turns import end_tokens
 
 require("lm_eval", "eval")

@@ -22,7 +22,6 @@ from transformerfam.memory import Memory
 # A chunk amortises the cost of a call; its logits, in float32, are the largest thing in it.
 _CHUNK_TOKENS = 2048
 _CHUNK_LOGIT_BYTES = 256 << 20
-_SIDE_BY_SIDE_BYTES = 256 << 20
 _LOSS_ROWS = 256
 
 
@@ -82,13 +81,13 @@ def read(
         ValueError: for a memory of several rows or another geometry, or a token id that the model
             does not have; tokens before the bad chunk have been read by then.
     """
-    memory = _single_row(model, memory)
-    chunk_length = _chunk_lengths(model, memory, chunk_tokens)
+    memory = single_row(model, memory)
+    chunk_length = chunk_lengths(model, memory, chunk_tokens)
     source = iter(tokens)
     while ids := list(islice(source, chunk_length(memory.position[0]))):
         before = memory.next_logits
         logits = _advance(model, ids, memory, keep=0, observer=observer)
-        losses, hits = _scores(logits, ids, before)
+        losses, hits = scores(logits, ids, before)
         yield Chunk(
             tokens=len(ids),
             position=memory.position[0],
@@ -118,7 +117,7 @@ def absorb(model: Any, tokens: Iterable[int], memory: Memory | None = None) -> M
     Raises:
         ValueError: as `read`; where tokens are passed over, before anything is read.
     """
-    memory = _single_row(model, memory)
+    memory = single_row(model, memory)
     if isinstance(tokens, Sequence):
         _absorb_within_reach(model, list(tokens), memory)
     else:
@@ -127,7 +126,7 @@ def absorb(model: Any, tokens: Iterable[int], memory: Memory | None = None) -> M
 
 
 def _absorb_all(model: Any, tokens: Iterable[int], memory: Memory) -> None:
-    chunk_length = _chunk_lengths(model, memory, None)
+    chunk_length = chunk_lengths(model, memory, None)
     source = iter(tokens)
     while ids := list(islice(source, chunk_length(memory.position[0]))):
         _advance(model, ids, memory, keep=1)
@@ -142,7 +141,7 @@ def _absorb_within_reach(model: Any, ids: list[int], memory: Memory) -> None:
     if reach is None or start <= end:
         _absorb_all(model, ids, memory)
         return
-    _check_vocabulary(model, ids)
+    check_vocabulary(model, ids)
     _absorb_all(model, ids[: end - position], memory)
     undo = memory.undo()
     try:
@@ -151,147 +150,6 @@ def _absorb_within_reach(model: Any, ids: list[int], memory: Memory) -> None:
     except BaseException:
         undo()  # between the two places the memory is that of neither
         raise
-
-
-@torch.no_grad()
-def absorb_rows(model: Any, rows: Sequence[Sequence[int]], memory: Memory | None = None) -> Memory:
-    """Read streams that are as long as each other side by side: `absorb` for several rows.
-
-    Args:
-        model: a TransformerFAM.
-        rows: token ids of each stream; may be empty in all.
-        memory: where they stand, one row each; advanced in place. None: fresh streams.
-
-    Raises:
-        ValueError: for streams of different lengths, or a token id that the model does not have.
-    """
-    memory = Memory.for_model(model, len(rows)) if memory is None else memory
-    inputs, chunk_length = _as_rows(model, rows), _chunk_lengths(model, memory, None)
-    start = 0
-    while start < inputs.shape[1]:
-        stop = start + chunk_length(memory.position[0])
-        with _evaluating(model):
-            model(
-                input_ids=inputs[:, start:stop],
-                past_key_values=memory,
-                use_cache=True,
-                logits_to_keep=1,
-            )
-        start = stop
-    return memory
-
-
-@torch.no_grad()
-def hits_of_rows(model: Any, rows: Sequence[Sequence[int]], memory: Memory, *, last: int) -> Tensor:
-    """Read streams on in one call: whether each of their `last` tokens was the likeliest.
-
-    Args:
-        model: a TransformerFAM.
-        rows: token ids of each stream, as long as each other and longer than `last`.
-        memory: where they stand, one row each; advanced in place.
-        last: how many of the tokens are looked at.
-
-    Returns:
-        (rows, last) bool on the CPU.
-
-    Raises:
-        ValueError: as `absorb_rows`.
-    """
-    inputs = _as_rows(model, rows)
-    with _evaluating(model):
-        logits = model(
-            input_ids=inputs, past_key_values=memory, use_cache=True, logits_to_keep=last + 1
-        ).logits
-    hits: Tensor = logits[:, :-1].argmax(-1) == inputs[:, -last:]
-    return hits.cpu()
-
-
-def _as_rows(model: Any, rows: Sequence[Sequence[int]]) -> Tensor:
-    if len(set(map(len, rows))) != 1:
-        raise ValueError("Streams that are read side by side must be as long as each other.")
-    for ids in rows:
-        _check_vocabulary(model, ids)
-    device = model.get_input_embeddings().weight.device
-    return torch.tensor([list(ids) for ids in rows], dtype=torch.long, device=device)
-
-
-@dataclass(frozen=True)
-class Scored:
-    """How well a continuation of a stream was predicted.
-
-    Attributes:
-        nats: sum of -log p over its tokens, but for the first of a fresh stream.
-        hits: (scored,) bool on the CPU, whether each of those tokens was the likeliest.
-    """
-
-    nats: float
-    hits: Tensor
-
-
-def score_each(
-    model: Any, continuations: Sequence[Sequence[int]], memory: Memory
-) -> Iterator[Scored]:
-    """How well each of several continuations of one stream is predicted, read side by side.
-
-    Where rows of memory are small, short ones cost little more than one of them. They count as asked
-    (`FamConfig.fam_seen`). No gradients.
-
-    Args:
-        model: a TransformerFAM.
-        continuations: token ids, of any lengths.
-        memory: where the stream stands, one row; it stays there.
-
-    Yields:
-        A `Scored` for each, in their order, some at a time.
-
-    Raises:
-        ValueError: as `read`.
-    """
-    memory = _single_row(model, memory)
-    rows = _rows_side_by_side(model, continuations, memory)
-    for start in range(0, len(continuations), rows):
-        group = continuations[start : start + rows]
-        with memory.asked():
-            side_by_side = _side_by_side if len(group) > 1 else _alone
-            scored = side_by_side(model, group, memory)
-        yield from scored
-
-
-def _rows_side_by_side(model: Any, continuations: Sequence[Sequence[int]], memory: Memory) -> int:
-    # Rows of memory that runs through the stack cannot be padded; a fresh memory does not know yet how
-    # large it will be.
-    if memory.config.through_stack or not memory.is_initialized:
-        return 1
-    logits = 4 * model.config.get_text_config().vocab_size * max(map(len, continuations), default=0)
-    return max(1, _SIDE_BY_SIDE_BYTES // (memory.nbytes + logits))
-
-
-def _alone(model: Any, group: Sequence[Sequence[int]], memory: Memory) -> list[Scored]:
-    (ids,) = group
-    chunks = list(read(model, ids, memory.fork()))
-    hits = [chunk.hits for chunk in chunks] or [torch.zeros(0, dtype=torch.bool)]
-    return [Scored(sum(chunk.nats for chunk in chunks), torch.cat(hits))]
-
-
-def _side_by_side(model: Any, group: Sequence[Sequence[int]], memory: Memory) -> list[Scored]:
-    for ids in group:
-        _check_vocabulary(model, ids)
-    longest = max(1, *map(len, group))
-    device = model.get_input_embeddings().weight.device
-    padded = torch.tensor([[*ids, *[0] * (longest - len(ids))] for ids in group], device=device)
-    lengths = torch.tensor([len(ids) for ids in group], device=device)
-    with torch.no_grad(), _evaluating(model):
-        logits: Tensor = model(
-            input_ids=padded,
-            attention_mask=(torch.arange(longest, device=device) < lengths[:, None]).long(),
-            past_key_values=memory.select_rows([0] * len(group)),
-            use_cache=True,
-        ).logits
-    found = []
-    for row, ids in zip(logits, group, strict=True):
-        losses, hits = _scores(row, list(ids), memory.next_logits)
-        found.append(Scored(float(losses.sum(dtype=torch.float64)), hits))
-    return found
 
 
 @dataclass(frozen=True)
@@ -371,7 +229,7 @@ def generate(
         ValueError: as `read`; also if there is nothing to continue.
     """
     choose = (sampling or Sampling()).chooser()
-    memory = _single_row(model, memory)
+    memory = single_row(model, memory)
     with memory.asked():
         absorb(model, tokens, memory)
     for _ in range(max_new_tokens):
@@ -388,7 +246,8 @@ def generate(
 # ---- parts
 
 
-def _single_row(model: Any, memory: Memory | None) -> Memory:
+def single_row(model: Any, memory: Memory | None) -> Memory:
+    """The memory of one stream; a fresh one for None."""
     memory = Memory.for_model(model) if memory is None else memory
     if memory.rows != 1:
         raise ValueError(
@@ -398,7 +257,7 @@ def _single_row(model: Any, memory: Memory | None) -> Memory:
     return memory
 
 
-def _chunk_lengths(model: Any, memory: Memory, chosen: int | None) -> Callable[[int], int]:
+def chunk_lengths(model: Any, memory: Memory, chosen: int | None) -> Callable[[int], int]:
     """How many tokens to take at a position of the stream."""
     if chosen is not None:
         if chosen < 1:
@@ -420,9 +279,9 @@ def _advance(
     model: Any, ids: list[int], memory: Memory, *, keep: int, observer: Observer | None = None
 ) -> Tensor:
     """Logits (keep or T, V) of new tokens, with the memory advanced and its prediction set."""
-    _check_vocabulary(model, ids)
+    check_vocabulary(model, ids)
     inputs = torch.tensor([ids], device=model.get_input_embeddings().weight.device)
-    with _evaluating(model):
+    with evaluating(model):
         logits: Tensor = model(
             input_ids=inputs,
             past_key_values=memory,
@@ -434,7 +293,8 @@ def _advance(
     return logits
 
 
-def _check_vocabulary(model: Any, ids: Sequence[int]) -> None:
+def check_vocabulary(model: Any, ids: Sequence[int]) -> None:
+    """Raises ValueError for an id that the model does not have."""
     vocabulary = model.get_input_embeddings().weight.shape[0]
     bad = next((i for i in ids if not 0 <= i < vocabulary), None)
     if bad is not None:
@@ -442,7 +302,7 @@ def _check_vocabulary(model: Any, ids: Sequence[int]) -> None:
 
 
 @contextmanager
-def _evaluating(model: Any) -> Iterator[None]:
+def evaluating(model: Any) -> Iterator[None]:
     """No dropout meanwhile; a model in training is handed back in training."""
     training = model.training
     if training:
@@ -455,7 +315,7 @@ def _evaluating(model: Any) -> Iterator[None]:
 
 
 @torch.no_grad()
-def _scores(logits: Tensor, ids: list[int], before: Tensor | None) -> tuple[Tensor, Tensor]:
+def scores(logits: Tensor, ids: list[int], before: Tensor | None) -> tuple[Tensor, Tensor]:
     """(T or T - 1,) of each token: -log p under the prediction before it; was it the likeliest."""
     targets = torch.tensor(ids, device=logits.device)
     predictions = [] if before is None or not ids else [(before, targets[:1])]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from functools import partial
 
-from transformerfam.tasks import babilong, documents, gpt3, longqa, passkey, recall, ruler
+from transformerfam.tasks import babilong, documents, facts, gpt3, longqa, passkey, recall, ruler
 from transformerfam.tasks.cases import Case, Task, Wanted
 
 __all__ = ["TASKS", "Case", "Task", "Wanted"]
@@ -22,6 +22,10 @@ _ABOUT_PASSKEY = {
     "passkey-late": "a number near the end",
     "passkey-anywhere": "a number anywhere",
     "passkey-3": "three numbers anywhere, of which one is asked for",
+}
+_ABOUT_FACTS = {
+    "facts": "who lives where, what was hidden where, and the like, told at the start",
+    "facts-anywhere": "the same, told anywhere",
 }
 _ABOUT_BABILONG = {
     "qa1": "where someone is, by one fact",
@@ -58,6 +62,10 @@ _ABOUT_GPT3 = {
 
 TASKS: dict[str, Task] = {
     **{n: Task(partial(passkey.cases, n), a, _FIGURE_10) for n, a in _ABOUT_PASSKEY.items()},
+    **{
+        n: Task(partial(facts.cases, n), a, "PassKey, in plain words")
+        for n, a in _ABOUT_FACTS.items()
+    },
     "recall": Task(recall.cases, "a segment of the text, said again", "B.2's repeat task, asked"),
     **{
         f"babilong-{n}": Task(partial(babilong.cases, n), a, _BABILONG)

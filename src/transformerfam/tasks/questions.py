@@ -22,14 +22,8 @@ import torch
 
 from transformerfam.memory import Memory
 from transformerfam.report import bits_per_byte
-from transformerfam.stream import (
-    absorb,
-    absorb_rows,
-    generate,
-    hits_of_rows,
-    read,
-    score_each,
-)
+from transformerfam.side_by_side import absorb_rows, hits_of_rows, score_each
+from transformerfam.stream import absorb, generate, read
 
 Metrics = dict[str, Any]
 
