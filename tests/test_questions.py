@@ -64,9 +64,14 @@ def test_questions_read_side_by_side_bring_what_each_brings_alone(seen: str) -> 
     assert ask_together(model, questions) == alone
     if seen == "always":
         assert [metrics["exact"] for metrics in alone] == [1, 0, 0]
-    # Those that cannot be read side by side are asked one by one.
-    others: list[Any] = [Recite(IDS, IDS[:2]), Choose(IDS, [[5, 6], [7]], 0), questions[0]]
-    assert ask_together(model, others) == [question.ask(model) for question in others]
+    # Others are asked one by one, and all stay in their order.
+    mixed: list[Any] = [
+        questions[2],
+        Choose(IDS, [[5, 6], [7]], 0),
+        Recite(IDS, IDS[:2]),
+        *questions,
+    ]
+    assert ask_together(model, mixed) == [question.ask(model) for question in mixed]
 
 
 def test_choose_takes_the_likeliest_and_the_likeliest_by_length(model: Any) -> None:

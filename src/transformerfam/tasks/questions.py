@@ -225,17 +225,27 @@ class Follow:
 def ask_together(model: Any, questions: Sequence[Question]) -> list[Metrics]:
     """What each of several questions brings; such as are as long as each other are read side by side.
 
-    Those are `Recite` alone. A GPU, which is mostly waiting while it reads one stream, reads eight in
-    about the time of one.
+    Those are `Recite` alone. A GPU mostly waits while it reads one stream of a small model.
     """
-    alike = {(len(q.text), len(q.ids), len(q.answer)) for q in questions if isinstance(q, Recite)}
-    recited = [question for question in questions if isinstance(question, Recite)]
-    if len(questions) == 1 or len(alike) != 1 or len(recited) != len(questions):
-        return [question.ask(model) for question in questions]
-    memory = absorb_rows(model, [question.text for question in recited])
-    said = [[*question.ids, *question.answer] for question in recited]
+    found: dict[int, Metrics] = {}
+    recited: dict[tuple[int, int, int], dict[int, Recite]] = {}
+    for number, q in enumerate(questions):
+        if isinstance(q, Recite):
+            recited.setdefault((len(q.text), len(q.ids), len(q.answer)), {})[number] = q
+        else:
+            found[number] = q.ask(model)
+    for alike in recited.values():
+        found.update(zip(alike, _recite_together(model, list(alike.values())), strict=True))
+    return [found[number] for number in range(len(questions))]
+
+
+def _recite_together(model: Any, questions: Sequence[Recite]) -> list[Metrics]:
+    if len(questions) == 1:
+        return [questions[0].ask(model)]
+    memory = absorb_rows(model, [question.text for question in questions])
+    said = [[*question.ids, *question.answer] for question in questions]
     with memory.asked():
-        hits = hits_of_rows(model, said, memory, last=len(recited[0].answer))
+        hits = hits_of_rows(model, said, memory, last=len(questions[0].answer))
     return [{"exact": float(h.all()), "tokens": float(h.float().mean())} for h in hits]
 
 
