@@ -39,7 +39,7 @@ READERS_SHOWN = {
     BASE: "that with the weights as they were before the adapter was put on them",
 }
 _HIDDEN = (
-    *("passkey", "passkey-middle", "passkey-late", "passkey-3", "recall"),
+    *("passkey", "passkey-middle", "passkey-late", "passkey-3", "facts", "recall"),
     *("babilong-qa1", "babilong-qa2"),
 )
 _GPT3 = {
