@@ -106,9 +106,8 @@ def main() -> None:
     parser.add_argument("--check", action="store_true", help="one step of each stage, on a CPU")
     args = parser.parse_args()
     args.out = args.out / "check" if args.check else args.out
-    for stage, name in enumerate(NAMES):
-        if stage < NAMES.index(args.first):
-            continue
+    for stage in range(NAMES.index(args.first), len(NAMES)):
+        name = NAMES[stage]
         if not (args.out / name / WEIGHTS).exists():
             begun = any((args.out / name / CHECKPOINTS).glob("step-*"))
             if not begun:

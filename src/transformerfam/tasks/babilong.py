@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 
 from transformerfam.errors import UserError
-from transformerfam.tasks.cases import Case, Wanted
+from transformerfam.tasks.cases import Case, Wanted, by_length
 from transformerfam.tasks.questions import Metrics, Say
 from transformerfam.text import start_tokens
 
@@ -41,17 +41,14 @@ def cases(kind: str, wanted: Wanted) -> list[Case]:
     """A case for each length; metric `accuracy`: the answer is said, and no other."""
     stories, answers = _stories(kind, wanted)
     files = {"data": wanted.data["babilong"]} if "babilong" in wanted.data else {}
-    return [
-        Case(
-            task=f"babilong-{kind}",
-            version=VERSION,
-            setting={**wanted.made_up(length), **files},
-            count=wanted.samples,
-            make=partial(_question, kind, wanted, stories, answers, length),
-            metric="accuracy",
-        )
-        for length in wanted.lengths
-    ]
+    return by_length(
+        f"babilong-{kind}",
+        VERSION,
+        wanted,
+        partial(_question, kind, wanted, stories, answers),
+        "accuracy",
+        **files,
+    )
 
 
 def _question(

@@ -11,7 +11,7 @@ import random
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -131,6 +131,33 @@ class Case:
 def data_name(data: Path) -> str:
     """A file's or folder's name, or that of the folder whose files are all meant."""
     return data.parent.name if data.name == "*" else data.name
+
+
+def by_length(
+    task: str,
+    version: int,
+    wanted: Wanted,
+    make: Callable[[int, int], Question],
+    metric: str,
+    **setting: Any,
+) -> list[Case]:
+    """Cases of what is made up: one for each length.
+
+    Args:
+        make: a length and the number of a question -> the question.
+        setting: what tells these cases from others of the task, besides length and filler.
+    """
+    return [
+        Case(
+            task,
+            version,
+            {**wanted.made_up(length), **setting},
+            wanted.samples,
+            partial(make, length),
+            metric,
+        )
+        for length in wanted.lengths
+    ]
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from functools import partial
 
 from transformerfam.data.facts import FactTexts
 from transformerfam.data.passkey import DEFAULT_SENTENCES
-from transformerfam.tasks.cases import Case, Wanted
+from transformerfam.tasks.cases import Case, Wanted, by_length
 from transformerfam.tasks.questions import Recite
 
 VERSION = 1
@@ -27,17 +27,7 @@ def cases(name: str, wanted: Wanted) -> list[Case]:
         chat=bool(wanted.tokenizer.chat_template),
         seed=wanted.seed,
     )
-    return [
-        Case(
-            task=name,
-            version=VERSION,
-            setting=wanted.made_up(length),
-            count=wanted.samples,
-            make=partial(_question, name, wanted, texts, length),
-            metric="exact",
-        )
-        for length in wanted.lengths
-    ]
+    return by_length(name, VERSION, wanted, partial(_question, name, wanted, texts), "exact")
 
 
 def _question(name: str, wanted: Wanted, texts: FactTexts, length: int, number: int) -> Recite:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import partial
 
 from transformerfam.data.passkey import DEFAULT_SENTENCES, PasskeyTexts
-from transformerfam.tasks.cases import Case, Wanted
+from transformerfam.tasks.cases import Case, Wanted, by_length
 from transformerfam.tasks.questions import Recite
 
 VERSION = 1
@@ -30,17 +30,7 @@ def cases(name: str, wanted: Wanted) -> list[Case]:
         filler=wanted.filler or DEFAULT_SENTENCES,
         seed=wanted.seed,
     )
-    return [
-        Case(
-            task=name,
-            version=VERSION,
-            setting=wanted.made_up(length),
-            count=wanted.samples,
-            make=partial(_question, name, wanted, texts, length),
-            metric="exact",
-        )
-        for length in wanted.lengths
-    ]
+    return by_length(name, VERSION, wanted, partial(_question, name, wanted, texts), "exact")
 
 
 def _question(name: str, wanted: Wanted, texts: PasskeyTexts, length: int, number: int) -> Recite:

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 
 from transformerfam.memory import Memory
 from transformerfam.report import bits_per_byte
@@ -70,7 +71,7 @@ class Recite:
         """`exact`: all of it right. `tokens`: share of its tokens that are the likeliest."""
         memory = _behind(model, self.text, self.ids)
         hits = torch.cat([chunk.hits for chunk in read(model, self.answer, memory)])
-        return {"exact": float(hits.all()), "tokens": float(hits.float().mean())}
+        return _recited(hits)
 
 
 @dataclass(frozen=True)
@@ -246,7 +247,11 @@ def _recite_together(model: Any, questions: Sequence[Recite]) -> list[Metrics]:
     said = [[*question.ids, *question.answer] for question in questions]
     with memory.asked():
         hits = hits_of_rows(model, said, memory, last=len(questions[0].answer))
-    return [{"exact": float(h.all()), "tokens": float(h.float().mean())} for h in hits]
+    return [_recited(row) for row in hits]
+
+
+def _recited(hits: Tensor) -> Metrics:
+    return {"exact": float(hits.all()), "tokens": float(hits.float().mean())}
 
 
 def _behind(model: Any, text: Sequence[int], ids: Sequence[int]) -> Memory:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import partial
 
 from transformerfam.data.examples import repeat_marker
-from transformerfam.tasks.cases import Case, Wanted
+from transformerfam.tasks.cases import Case, Wanted, by_length
 from transformerfam.tasks.questions import Recite
 from transformerfam.text import start_tokens
 
@@ -15,17 +15,7 @@ SEGMENT, GIVEN = 64, 16  # tokens of the segment, and how many of them are given
 
 def cases(wanted: Wanted) -> list[Case]:
     """A case for each length; metric `tokens`: share of the segment's other tokens said right."""
-    return [
-        Case(
-            task="recall",
-            version=VERSION,
-            setting=wanted.made_up(length),
-            count=wanted.samples,
-            make=partial(_question, wanted, length),
-            metric="tokens",
-        )
-        for length in wanted.lengths
-    ]
+    return by_length("recall", VERSION, wanted, partial(_question, wanted), "tokens")
 
 
 def _question(wanted: Wanted, length: int, number: int) -> Recite:

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from functools import partial
 
 from transformerfam.errors import UserError
-from transformerfam.tasks.cases import Case, Wanted
+from transformerfam.tasks.cases import Case, Wanted, by_length
 from transformerfam.tasks.questions import Metrics, Say
 from transformerfam.text import start_tokens
 
@@ -37,17 +37,7 @@ _COMMON, _COMMON_TIMES, _OTHER_TIMES = 10, 30, 3
 
 def cases(kind: str, wanted: Wanted) -> list[Case]:
     """A case for each length; metric `recall`: share of the references that are said."""
-    return [
-        Case(
-            task=f"ruler-{kind}",
-            version=VERSION,
-            setting=wanted.made_up(length),
-            count=wanted.samples,
-            make=partial(_question, kind, wanted, length),
-            metric="recall",
-        )
-        for length in wanted.lengths
-    ]
+    return by_length(f"ruler-{kind}", VERSION, wanted, partial(_question, kind, wanted), "recall")
 
 
 def _question(kind: str, wanted: Wanted, length: int, number: int) -> Say:
