@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -18,11 +18,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformerfam import convert
 from transformerfam.call import Call, keeping
 from transformerfam.conversion import reconfigure
+from transformerfam.data.rows import Source
 from transformerfam.errors import UserError
 from transformerfam.training import adaptation, graphs
 from transformerfam.training.batches import Batch
-from transformerfam.training.graphs import RecordedStepper, stepper_for
+from transformerfam.training.graphs import RecordedStepper
 from transformerfam.training.recipe import Recipe, find
+from transformerfam.training.replaying import stepper_for
 from transformerfam.training.steps import Stepper
 
 
@@ -293,7 +295,10 @@ def test_a_played_step_makes_no_tensor_of_numbers(name: str) -> None:
 def test_without_a_gpu_steps_are_plain() -> None:
     made = Recipe.load(find("smollm2-begin"), ["run.cuda_graphs=true"])
     one = stepper(recipe())
-    assert type(stepper_for(one.accelerator, one.model, one.base, made)) is Stepper
+    assert (
+        type(stepper_for(one.accelerator, one.model, one.base, made, source=cast(Source, None)))
+        is Stepper
+    )
 
 
 @pytest.mark.parametrize(

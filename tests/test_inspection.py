@@ -13,7 +13,7 @@ from variants import VARIANTS
 
 from transformerfam import FamConfig, Memory, convert, read
 from transformerfam.attention import AttentionMask, AttentionStyle, attend, attention_weights
-from transformerfam.call import Attended, Written
+from transformerfam.call import Attended, Read, Written
 from transformerfam.errors import UserError
 from transformerfam.inspection import (
     STRONGEST,
@@ -42,8 +42,8 @@ def attentions(model: Any, tokens: list[int], chunk_tokens: int) -> list[Attende
     return [one for one in seen if isinstance(one, Attended)]
 
 
-def told(model: Any, tokens: list[int], chunk_tokens: int) -> list[Attended | Written]:
-    seen: list[Attended | Written] = []
+def told(model: Any, tokens: list[int], chunk_tokens: int) -> list[Attended | Read | Written]:
+    seen: list[Attended | Read | Written] = []
     for _ in read(model, tokens, chunk_tokens=chunk_tokens, observer=seen.append):
         pass
     return seen
@@ -109,7 +109,7 @@ def test_an_observer_changes_nothing_in_any_family(family: str) -> None:
     model = model_of(family=family, dtype=torch.float32)  # experts know no float64
     ids = torch.tensor([TOKENS])
     before = copy.deepcopy(vars(model.get_decoder().layers[0]))
-    seen: list[Attended | Written] = []
+    seen: list[Attended | Read | Written] = []
     watched = Memory.for_model(model)
     with torch.no_grad():
         plain = model(ids).logits

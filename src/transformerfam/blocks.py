@@ -8,6 +8,7 @@ layer's next memory with the `Call`.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -16,11 +17,29 @@ from torch.nn.functional import pad
 
 from transformerfam.attention import AttentionMask, AttentionStyle
 from transformerfam.auxiliary import diversity, reconstruction
-from transformerfam.call import Call, Reenter
+from transformerfam.call import Call, Read, Reenter
 from transformerfam.feedback import Recurrence, fam_keys
 from transformerfam.indexing import columns_of, place, sliding, stop_gradient, unsqueeze
 from transformerfam.layer_memory import KeyValue, LayerMemory
 from transformerfam.rotary import Tables, rotate
+
+
+@dataclass(frozen=True)
+class _Crossed:
+    """What one layer has of a call that completes blocks.
+
+    Attributes:
+        tokens: keys and values of the past and of the call's blocks, (R, Hk, past window + nb·B, D).
+        fams: those of FAM, of the blocks before the call and of its own, (R, Hk, (k + nb)·N, D).
+        grid: those of the call's blocks alone.
+        each, made: F and its keys and values after each block, see `Recurrence`.
+    """
+
+    tokens: KeyValue
+    fams: KeyValue
+    grid: KeyValue
+    each: Sequence[Tensor]
+    made: Sequence[KeyValue]
 
 
 class TokenPass:
@@ -41,29 +60,39 @@ class TokenPass:
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, style: AttentionStyle) -> Tensor:
         """An `AttentionPass`: (R, H, T, D) queries to (R, T, H, Dv)."""
-        before, anchors, query, new = self._arrive(query, KeyValue(key, value))
+        before, anchors, new = self._arrive(KeyValue(key, value))
+        query = self._rotated(query)
         if self.plan.blocks == 1 and not any(self.plan.finished):
             seen, after = self._within_block(before, new, anchors)
         else:
-            seen, after = self._over_blocks(before, new, anchors, query, style)
+            crossed, after = self._over_blocks(before, new, anchors)
+            self._add_losses(crossed, query, style)
+            seen = self._windows(crossed.tokens, crossed.fams, anchors)
         if self.call.keep:
             self.call.after[self.layer] = after
         return self._attend(query, seen, style)
 
-    def _arrive(
-        self, query: Tensor, new: KeyValue
-    ) -> tuple[LayerMemory, KeyValue, Tensor, KeyValue]:
-        """The memory before the call, the anchors, and the call's queries and keys, rotated."""
+    def _rotated(self, tokens: Tensor) -> Tensor:
+        """Queries or keys (R, H, T, D) of the call's tokens, turned to where they stand."""
+        return rotate(tokens, self._tables("tokens", self.call.token_positions, tokens))
+
+    def _arrive(self, new: KeyValue) -> tuple[LayerMemory, KeyValue, KeyValue]:
+        """The memory before the call, the anchors, and the call's keys, rotated, and values."""
+        before = self._before(new)
+        anchors = self._gather_anchors(before, new)
+        new = KeyValue(self._rotated(new.keys), new.values)
+        if self.call.observer is not None:
+            self.call.observer(Read(self.layer, anchors, new))
+        return before, anchors, new
+
+    def _before(self, new: KeyValue) -> LayerMemory:
+        """The memory before the call, for tokens of such keys and values."""
         before = self.call.before[self.layer]
         if before is None:
             before = self._empty(new)
         if self.call.first_fams is not None:
             before = self._begin(before, self.call.first_fams[self.layer].to(self.hidden))
-        before = before.fit(new.keys, new.values, self.hidden)
-        anchors = self._gather_anchors(before, new)
-        tokens = self._tables("tokens", self.call.token_positions, query)
-        rotated = KeyValue(rotate(new.keys, tokens), new.values)
-        return before, anchors, rotate(query, tokens), rotated
+        return before.fit(new.keys, new.values, self.hidden)
 
     def _empty(self, new: KeyValue) -> LayerMemory:
         """The memory of a stream that has read nothing."""
@@ -129,52 +158,45 @@ class TokenPass:
     # ---- blocks are completed: advance FAM, and cut what the queries of each block see
 
     def _over_blocks(
-        self,
-        before: LayerMemory,
-        new: KeyValue,
-        anchors: KeyValue,
-        query: Tensor,
-        style: AttentionStyle,
-    ) -> tuple[KeyValue, LayerMemory]:
+        self, before: LayerMemory, new: KeyValue, anchors: KeyValue
+    ) -> tuple[_Crossed, LayerMemory]:
         P, A, kN = self.plan.past_length, self.anchors, self.fam_slots
         past, fams = before.tokens.cut(0, P), before.tokens.cut(P + A, P + A + kN)
         grid = before.tokens.cut(P + A + kN, None).zip(new, self._grid)
-        fam, extra = before.fam, before.extra
+        fam, extra, each, made = before.fam, before.extra, list[Tensor](), list[KeyValue]()
         if self.config.has_feedback:
-            recurrence = Recurrence(self.call, self.layer, self.reenter, grid, extra)
+            B = self.config.block_size
+            recurrence = Recurrence(
+                self.call,
+                self.layer,
+                self.reenter,
+                lambda j: grid.cut(j * B, (j + 1) * B),
+                extra,
+            )
             fam, made = recurrence.run(fam)
-            fams, extra = KeyValue.cat([fams, *made]), recurrence.extra
-            self._add_losses(recurrence.each, made, grid, query, style)
+            fams, extra, each = KeyValue.cat([fams, *made]), recurrence.extra, recurrence.each
         # Where everything is kept the past grows within the call: room for it on the left.
         past = past.map(lambda x: pad(x, (0, 0, self.plan.past_window - P, 0)))
         tokens = KeyValue.cat([past, grid])  # (R, Hk, past window + nb·B, D)
-        seen = self._windows(tokens, fams, anchors)
         after = self._carry(tokens, fams, anchors, fam, extra) if self.call.keep else before
-        return seen, after
+        return _Crossed(tokens, fams, grid, each, made), after
 
-    def _add_losses(
-        self,
-        fams: Sequence[Tensor],
-        made: Sequence[KeyValue],
-        grid: KeyValue,
-        query: Tensor,
-        style: AttentionStyle,
-    ) -> None:
+    def _add_losses(self, crossed: _Crossed, query: Tensor, style: AttentionStyle) -> None:
         """Auxiliary losses (C.4, C.5) of the blocks that each row completes, if they are wanted."""
         losses, plan, B = self.call.losses, self.plan, self.config.block_size
-        if losses is None or not fams:
+        if losses is None or not crossed.each:
             return
         finished = torch.tensor(plan.finished, device=query.device)
         taken = self.call.index("queries taken", lambda: plan.query_columns[1], query)
         taken = taken.unflatten(1, (plan.blocks, -1))
         queries = self._to_grid(query)
         total = torch.zeros((), device=query.device)
-        for j, (fam, keys) in enumerate(zip(fams, made, strict=True)):
+        for j, (fam, keys) in enumerate(zip(crossed.each, crossed.made, strict=True)):
             found = torch.zeros_like(total)
             if losses.diversity:
                 found = found + losses.diversity * diversity(fam)
             if losses.reconstruction:
-                block = grid.cut(j * B, (j + 1) * B)
+                block = crossed.grid.cut(j * B, (j + 1) * B)
                 found = found + losses.reconstruction * reconstruction(
                     queries[:, j], taken[:, j], keys, block, style, self.config.backend
                 )

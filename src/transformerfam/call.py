@@ -18,7 +18,7 @@ from torch import Tensor
 from transformerfam.attention import AttentionMask, AttentionStyle, attend, attention_weights
 from transformerfam.auxiliary import FeedbackLosses
 from transformerfam.config import FamConfig
-from transformerfam.layer_memory import LayerMemory
+from transformerfam.layer_memory import KeyValue, LayerMemory
 from transformerfam.memory import Memory
 from transformerfam.plan import CallPlan
 from transformerfam.rotary import Rotary, Tables
@@ -79,8 +79,39 @@ class Written:
     fam: Tensor
 
 
+@dataclass(frozen=True)
+class Read:
+    """What the new tokens of a call leave in a layer.
+
+    Attributes:
+        layer: index of the layer.
+        anchors: keys, not rotated, and values of the streams' anchors, (R, Hk, A, D).
+        tokens: keys, rotated in the frame of the call, and values of the new tokens, (R, Hk, T, D).
+    """
+
+    layer: int
+    anchors: KeyValue
+    tokens: KeyValue
+
+
 # Told of what a call computes. Whoever only runs a model needs none, and pays nothing.
-Observer = Callable[[Attended | Written], None]
+Observer = Callable[[Attended | Read | Written], None]
+
+
+@dataclass(frozen=True)
+class Given:
+    """Tokens whose keys and values are known, so that no layer has to compute them (`replay`).
+
+    Attributes:
+        columns: T, whole blocks and maybe the beginning of one more.
+        block: (layer, j) to keys, rotated in the frame of block j itself, and values of its tokens,
+            (R, Hk, B or less, D).
+        anchors: layer to those of the streams, see `Read`.
+    """
+
+    columns: int
+    block: Callable[[int, int], KeyValue]
+    anchors: Callable[[int], KeyValue]
 
 
 _KEPT: ContextVar[dict[Any, Any] | None] = ContextVar("kept", default=None)
@@ -117,8 +148,9 @@ class Call:
         offset: position of the first token of each stream.
         gates: (layers, H), β of the compressive memory; None without.
         losses: takes the auxiliary losses of the layers; None: they are not computed.
-        observer: told of each attention, and of FAM after each block.
+        observer: told of what tokens leave, of each attention, and of FAM after each block.
         asked: (R, T) bool, which tokens see FAM; None: all, or as the plan has it none.
+        given: the new tokens' keys and values, if they are known.
     """
 
     def __init__(
@@ -136,6 +168,7 @@ class Call:
         losses: FeedbackLosses | None = None,
         observer: Observer | None = None,
         asked: Tensor | None = None,
+        given: Given | None = None,
     ) -> None:
         self.config = config
         self.plan = plan
@@ -150,6 +183,7 @@ class Call:
         self.losses = losses
         self.observer = observer
         self.asked = asked
+        self.given = given
         # Made from a tensor of this very call, so not `once`, which calls may share.
         self.asked_masks: dict[AttentionMask, AttentionMask] = {}
         self.after: list[LayerMemory | None] = [None] * len(before)

@@ -27,8 +27,9 @@ class Recurrence:
         call: the call.
         layer: index of the layer.
         reenter: runs rows through the layer.
-        blocks: keys and values of the call's tokens, (R, Hk, nb·B, D), in the frame of the call.
+        blocks: keys and values of block j of the call, (R, Hk, B, D).
         extra: what the layer kept, see `FamConfig.extra_state`; after `run` what it is to keep.
+        own_frames: keys of each block are rotated in its own frame, not all in that of the call.
 
     Attributes:
         each: F (R, N, d) after block j = 0, 1, .. of the call, if auxiliary losses want them; a row
@@ -40,14 +41,17 @@ class Recurrence:
         call: Call,
         layer: int,
         reenter: Reenter,
-        blocks: KeyValue,
+        blocks: Callable[[int], KeyValue],
         extra: Mapping[str, Tensor],
+        *,
+        own_frames: bool = False,
     ) -> None:
         self.call = call
         self.layer = layer
         self.reenter = reenter
         self.blocks = blocks
         self.extra = dict(extra)
+        self.own_frames = own_frames
         self.each: list[Tensor] = []
         self.config = call.config
         self.plan = call.plan
@@ -58,7 +62,8 @@ class Recurrence:
 
         Returns:
             F after the last block that each row completes, and for j = 0, 1, .. the keys and values
-            (R, Hk, N, D) of the F that compresses block j of the call, in its frame.
+            (R, Hk, N, D) of F after block j of the call, in the frame of the call, or with
+            `own_frames` in that of the block behind it.
         """
         made: list[KeyValue] = []
         finished = self.plan.finished
@@ -112,8 +117,8 @@ class Recurrence:
         risen = self.call.rising[self.layer]
         assert risen is not None, "the layer below has not read block 0"
         # A model may be split over devices between two layers.
-        risen = take(risen, rows).to(self.blocks.keys.device)
         compress = self._fam_pass(j, rows)
+        risen = take(risen, rows).to(compress.block.keys.device)
         if self.is_static:
             self.extra["fam_input"] = merge(self.extra["fam_input"], rows, risen)
         if self.is_static or self.config.first_residual == "zero":
@@ -132,7 +137,7 @@ class Recurrence:
         """Keys and values of each row's newest F, which no update has projected yet."""
         _, key, value = projections(self.reenter, fam)
         for blocks in sorted(set(self.plan.finished) - {0}):
-            new = KeyValue(rotate(key, fam_tables(self.call, self.layer, blocks, key)), value)
+            new = KeyValue(rotate(key, self._tables(blocks, blocks, key)), value)
             if blocks > len(made):
                 made.append(new)
             else:
@@ -141,13 +146,16 @@ class Recurrence:
                 made[blocks - 1] = made[blocks - 1].zip(newest, partial(_merged, rows))
 
     def _fam_pass(self, j: int, rows: Tensor | None) -> FamPass:
-        B = self.config.block_size
-        block = self.blocks.cut(j * B, (j + 1) * B).map(lambda x: take(x, rows))
-        tables = partial(fam_tables, self.call, self.layer, like=block.keys)
-        key_tables = query_tables = take_tables(tables(j), rows)
+        block = self.blocks(j).map(lambda x: take(x, rows))
+        key_tables = query_tables = take_tables(self._tables(j, j, block.keys), rows)
         if self.config.fam_query_position == "block_end":
-            query_tables = take_tables(tables(j + 1), rows)
+            query_tables = take_tables(self._tables(j + 1, j, block.keys), rows)
         return FamPass(block, query_tables, key_tables, partial(self.call.attend, self.layer, j))
+
+    def _tables(self, block: int, reader: int, like: Tensor) -> Tables | None:
+        """Rotation of the FAM before a block, in the frame of the keys of block `reader`."""
+        frame = reader if self.own_frames else 0
+        return fam_tables(self.call, self.layer, block, like, frame)
 
     def _bounded(self, fam: Tensor) -> Tensor:
         """`feedback_norm` applied to a new F, (R', N, d)."""
@@ -174,10 +182,13 @@ def fam_keys(call: Call, layer: int, reenter: Reenter, fam: Tensor, block: int) 
     return KeyValue(rotate(key, fam_tables(call, layer, block, key)), value)
 
 
-def fam_tables(call: Call, layer: int, block: int, like: Tensor) -> Tables | None:
-    """Rotation of the FAM that a block of the call reads."""
-    positions = partial(call.fam_positions, block)
-    return unsqueeze(call.tables(layer, f"fam {block}", positions, like), 1)
+def fam_tables(call: Call, layer: int, block: int, like: Tensor, frame: int = 0) -> Tables | None:
+    """Rotation of the FAM that a block of the call reads, in the frame of block `frame`."""
+
+    def positions() -> Tensor:
+        return call.fam_positions(block) - frame * call.config.block_size
+
+    return unsqueeze(call.tables(layer, f"fam {block} in {frame}", positions, like), 1)
 
 
 def projections(reenter: Reenter, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -36,7 +36,8 @@ class FeedbackSegmentsPass(TokenPass):
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, style: AttentionStyle) -> Tensor:
         """An `AttentionPass`: (R, H, T, D) queries to (R, T, H, Dv)."""
-        before, anchors, query, new = self._arrive(query, KeyValue(key, value))
+        before, anchors, new = self._arrive(KeyValue(key, value))
+        query = self._rotated(query)
         plan, P = self.plan, self.plan.past_length
         past = before.tokens.cut(0, P)
         own = before.tokens.cut(P + self.anchors, None).zip(new, self._grid)

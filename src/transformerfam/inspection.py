@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from transformerfam.call import Attended, Written
+from transformerfam.call import Attended, Read, Written
 from transformerfam.config import FamConfig
 from transformerfam.conversion import twin
 from transformerfam.errors import UserError
@@ -271,9 +271,9 @@ class _Recorder:
         self.map_keys: dict[int, dict[str, int]] = {}
         self._fam_weights: dict[int, Tensor] = {}
 
-    def __call__(self, seen: Attended | Written) -> None:
+    def __call__(self, seen: Attended | Read | Written) -> None:
         record = self.layers.get(seen.layer)
-        if record is None:
+        if record is None or isinstance(seen, Read):
             return
         if isinstance(seen, Written):
             record.add_fam(seen.fam[0])

@@ -21,11 +21,11 @@ from transformerfam.attention import AttentionStyle
 from transformerfam.blocks import TokenPass
 from transformerfam.call import AttentionPass, Call
 from transformerfam.compressive import CompressivePass
-from transformerfam.config import FamConfig
 from transformerfam.feedback_segments import FeedbackSegmentsPass
 from transformerfam.modules import adapted_modules
 from transformerfam.probe import Probe
 from transformerfam.recurrent import SegmentCall
+from transformerfam.replayed_blocks import ReplayPass
 
 ATTENTION_NAME = "transformerfam"
 
@@ -122,7 +122,7 @@ class FamLayer(Picklable):
         if isinstance(fam_call, (Probe, SegmentCall)):
             tokens: AttentionPass = fam_call.enter(self.fam_index, hidden_states)
         else:
-            kind = _token_pass(fam_call.config)
+            kind = _token_pass(fam_call)
             tokens = kind(fam_call, self.fam_index, hidden_states, reenter)
         own = {**kwargs, "attention_mask": tokens}
         with _switched_off(dict.fromkeys(fams_own, True)):
@@ -150,8 +150,11 @@ def _switched_off(adapters: Mapping[Any, bool]) -> Iterator[None]:
             module._disable_adapters = was_off
 
 
-def _token_pass(config: FamConfig) -> type[TokenPass]:
+def _token_pass(call: Call) -> type[TokenPass]:
     """What answers for the attention of tokens."""
+    if call.given is not None:
+        return ReplayPass
+    config = call.config
     if config.memory_source == "output":
         return FeedbackSegmentsPass
     return TokenPass if config.compressive_memory == "none" else CompressivePass

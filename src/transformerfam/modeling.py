@@ -18,7 +18,7 @@ from transformers.generation import GenerationMixin
 from transformers.modeling_outputs import ModelOutput
 
 from transformerfam.auxiliary import FeedbackLosses
-from transformerfam.call import Call, Observer
+from transformerfam.call import Call, Given, Observer
 from transformerfam.config import ADDED_MODULES, FamConfig
 from transformerfam.layer import ATTENTION_NAME, FamLayer, Picklable, mixed
 from transformerfam.memory import Memory
@@ -74,6 +74,7 @@ class FamDecoder(Picklable):
         fam_losses: FeedbackLosses | None = None,
         fam_observer: Observer | None = None,
         fam_asked: Tensor | None = None,
+        fam_given: Given | None = None,
         **kwargs: Any,
     ) -> ModelOutput | tuple[Any, ...]:
         """Read new tokens, layer-major over all blocks of the call (section 3, docs/method.md).
@@ -86,10 +87,10 @@ class FamDecoder(Picklable):
             past_key_values: the streams' memory, advanced in place once the call has succeeded.
             use_cache: whether to make a memory if none is given.
             fam_losses: takes the auxiliary losses of the call.
-            fam_observer: told of each attention of the call (`call.Attended`), and of FAM after each
-                block (`call.Written`).
+            fam_observer: told of what the call computes, see `call.Observer`.
             fam_asked: (R, T) bool, which of the new tokens see FAM where `fam_seen` is "asked"; by
                 default all or none, as `past_key_values.asking` says.
+            fam_given: the new tokens' keys and values; the inputs stand for nothing, see `replay`.
         """
         inputs = input_ids if inputs_embeds is None else inputs_embeds
         if inputs is None or inputs.shape[1] == 0:
@@ -105,9 +106,8 @@ class FamDecoder(Picklable):
         if config.through_stack:
             output = self._by_segments(config, memory, inputs, attention_mask, **kwargs)
             return output if return_dict is not False else output.to_tuple()
-        call = self._call(
-            config, memory, inputs, attention_mask, fam_losses, fam_observer, fam_asked
-        )
+        looks = fam_losses, fam_observer
+        call = self._call(config, memory, inputs, attention_mask, *looks, fam_asked, fam_given)
         output = self.plain_forward(
             input_ids=input_ids if inputs_embeds is None else None,
             inputs_embeds=inputs_embeds,
@@ -138,8 +138,11 @@ class FamDecoder(Picklable):
         losses: FeedbackLosses | None,
         observer: Observer | None,
         asked: Tensor | None,
+        given: Given | None,
     ) -> Call:
         rows, columns = inputs.shape[:2]
+        if given is not None:
+            columns = given.columns
         check_asked(asked, rows, columns)
         state = Memory(config, rows, len(layers_of(self))) if memory is None else memory
         plan = CallPlan(
@@ -175,6 +178,7 @@ class FamDecoder(Picklable):
             losses=losses,
             observer=observer,
             asked=asked if config.fam_seen == "asked" else None,
+            given=given,
         )
 
     def _added(self, name: str, rows: int, device: torch.device) -> Tensor:

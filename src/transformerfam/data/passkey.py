@@ -208,6 +208,10 @@ class PasskeyTexts:
             answer=slice(len(ids) - len(answer), len(ids)),
         )
 
+    def prose(self, rng: random.Random, tokens: int) -> list[int]:
+        """So many tokens of the filler alone."""
+        return list(itertools.chain(*self._take(rng, tokens)))
+
     # ---- parts
 
     def _things(self, rng: random.Random) -> list[Told]:

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from transformerfam.data.rows import Piece
+from transformerfam.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -101,12 +102,42 @@ class Batch:
         read = self._cut(0, border) if border else None
         return read, self._cut(border, columns) if border < columns else None
 
-    def questions(self, rows: Sequence[int]) -> Batch:
-        """What some rows ask, from its first column on, and how it goes on; filled up on the right."""
+    def told_within(self, columns: int) -> Batch:
+        """The rows that tell all in their first `columns`, and ask behind them.
+
+        Raises:
+            UserError: no row does.
+        """
+        rows = [
+            row
+            for row, told in enumerate(self.told)
+            if self.question[row] is not None and told <= columns <= self.asked_from[row]
+        ]
+        if not rows:
+            raise UserError(
+                f"No text of a batch tells all in its first {columns:,} tokens and asks behind them; "
+                "make texts some hundred tokens longer than that, or batches larger."
+            )
+        return Batch(
+            self.inputs[rows],
+            self.targets[rows],
+            self.weights[rows],
+            None if self.valid is None else self.valid[rows],
+            tuple(self.fresh[row] for row in rows),
+            tuple(self.asked_from[row] for row in rows),
+            tuple(self.told[row] for row in rows),
+            tuple(self.question[row] for row in rows),
+        )
+
+    def questions(self, rows: Sequence[int], starts: Sequence[int | None] = ()) -> Batch:
+        """What some rows ask, and how it goes on; filled up on the right.
+
+        `starts`: each row's first column; by default that of its question.
+        """
         pieces = []
         for row in rows:
             end = int(self.weights[row].nonzero().max()) + 1
-            columns = slice(self.question[row], end)
+            columns = slice((starts or self.question)[row], end)
             inputs, targets, weights = (
                 x[row, columns].tolist() for x in (self.inputs, self.targets, self.weights)
             )

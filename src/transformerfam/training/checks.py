@@ -6,12 +6,19 @@ One function for each section. Knows what settings mean; nothing of files, model
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
-from transformerfam.errors import UserError
+from transformerfam.training.refusals import (
+    above_zero,
+    ascending,
+    at_least,
+    place,
+    probability,
+    refuse_unless,
+)
 from transformerfam.training.settings import SourceSettings
+from transformerfam.training.step_checks import check_recording, check_replay
 
 if TYPE_CHECKING:
     from transformerfam.training.recipe import Recipe
@@ -34,8 +41,9 @@ def check(recipe: Recipe) -> None:
         _check_source(recipe, source, f"data.sources.{index}")
     _check_optimizer(recipe)
     _check_feedback(recipe)
+    check_replay(recipe)
     _check_run(recipe)
-    _check_recording(recipe)
+    check_recording(recipe)
     _check_probes(recipe)
 
 
@@ -45,11 +53,11 @@ def check_complete(recipe: Recipe) -> None:
     Raises:
         UserError: one sentence that says what to give.
     """
-    _refuse_unless(
+    refuse_unless(
         bool(recipe.data.sources),
         "The recipe has no data; give data.sources.0.path=FILE, or a [[data.sources]] in its file.",
     )
-    _refuse_unless(
+    refuse_unless(
         bool(recipe.run.output), "The recipe has no run.output; name a folder with --output."
     )
 
@@ -62,46 +70,6 @@ def not_for(kind: str) -> list[str]:
         if (of := {*field.metadata["meaning"].partition(": ")[0].split(", ")}) <= _KINDS
         and kind not in of
     ]
-
-
-# ---- parts
-
-
-def _refuse_unless(holds: bool, sentence: str) -> None:
-    if not holds:
-        raise UserError(sentence)
-
-
-def _at_least(least: float, section: str, settings: Any, names: Iterable[str]) -> None:
-    for name in names:
-        value = getattr(settings, name)
-        _refuse_unless(value >= least, f"{section}.{name} must be at least {least}, not {value}.")
-
-
-def _above_zero(section: str, settings: Any, names: Iterable[str]) -> None:
-    for name in names:
-        value = getattr(settings, name)
-        _refuse_unless(value > 0, f"{section}.{name} must be above 0, not {value}.")
-
-
-def _probability(section: str, settings: Any, name: str) -> None:
-    value = getattr(settings, name)
-    _refuse_unless(
-        0 <= value <= 1, f"{section}.{name} is a probability, from 0 to 1, and cannot be {value}."
-    )
-
-
-def _ascending(key: str, lengths: Sequence[int]) -> None:
-    _refuse_unless(
-        all(n >= 1 for n in lengths) and list(lengths) == sorted(lengths),
-        f"{key} must be lengths in tokens in ascending order, not {list(lengths)}.",
-    )
-
-
-def _place(key: str, where: str | float) -> None:
-    """Where a pass key stands."""
-    good = where in ("start", "anywhere") if isinstance(where, str) else 0 <= where <= 1
-    _refuse_unless(good, f"{key} must be start, anywhere, or a depth from 0 to 1, not {where}.")
 
 
 # ---- sections
@@ -120,40 +88,40 @@ def _check_finite(recipe: Recipe) -> None:
         for field in fields(settings):
             value = getattr(settings, field.name)
             finite = not isinstance(value, float) or math.isfinite(value)
-            _refuse_unless(finite, f"{section}.{field.name} must be a finite number, not {value}.")
+            refuse_unless(finite, f"{section}.{field.name} must be a finite number, not {value}.")
 
 
 def _check_model(recipe: Recipe) -> None:
-    _refuse_unless(bool(recipe.model.base), "model.base is empty; name a model.")
+    refuse_unless(bool(recipe.model.base), "model.base is empty; name a model.")
 
 
 def _check_train(recipe: Recipe) -> None:
     train = recipe.train
-    _at_least(1, "train", train, ["rank"])
-    _above_zero("train", train, ["alpha"])
-    _refuse_unless(
+    at_least(1, "train", train, ["rank"])
+    above_zero("train", train, ["alpha"])
+    refuse_unless(
         0 <= train.dropout < 1, f"train.dropout must be from 0 to below 1, not {train.dropout}."
     )
     targets = train.targets
-    _refuse_unless(
+    refuse_unless(
         bool(targets) and all(targets),
         'train.targets is empty; name matrices, or all of them with "all-linear".',
     )
-    _refuse_unless(
+    refuse_unless(
         targets == ("all-linear",) or "all-linear" not in targets,
         'train.targets names all matrices with "all-linear"; leave the others out.',
     )
-    _refuse_unless(
+    refuse_unless(
         train.what != "prompt" or bool(recipe.fam.added_modules),
         'train.what="prompt" trains the FAM prompt or the gates of a compressive memory alone, and '
         "this geometry has neither; set fam.fam_length or fam.compressive_memory.",
     )
-    _refuse_unless(
+    refuse_unless(
         recipe.fam.adapted == "all" or (train.what == "lora" and recipe.fam.has_feedback),
         'fam.adapted="fam" is for LoRA on the way of FAM, and here is none of both; set '
         "fam.adapted=all.",
     )
-    _refuse_unless(
+    refuse_unless(
         train.what != "full" or not recipe.model.adapter,
         'train.what="full" cannot go on from model.adapter; merge it first with fam merge.',
     )
@@ -161,26 +129,26 @@ def _check_train(recipe: Recipe) -> None:
 
 def _check_data(recipe: Recipe) -> None:
     data = recipe.data
-    _at_least(1, "data", data, ["batch_size"])
-    _at_least(2, "data", data, ["length"])
-    _at_least(0, "data", data, ["micro_batch_size", "repeat_length", "repeat_weight"])
+    at_least(1, "data", data, ["batch_size"])
+    at_least(2, "data", data, ["length"])
+    at_least(0, "data", data, ["micro_batch_size", "repeat_length", "repeat_weight"])
     micro, rows = data.micro_batch_size, data.batch_size
-    _refuse_unless(
+    refuse_unless(
         not micro or rows % micro == 0,
         f"data.micro_batch_size={micro} does not divide data.batch_size={rows}.",
     )
     _check_growth(recipe)
     if data.repeat_length:
-        _refuse_unless(
+        refuse_unless(
             data.layout == "packed",
             f'data.repeat_length needs data.layout="packed", and it is "{data.layout}".',
         )
-        _refuse_unless(
+        refuse_unless(
             2 * data.repeat_length < data.length,
             f"data.repeat_length={data.repeat_length} must be less than half of "
             f"data.length={data.length}: the segment stands in the row twice.",
         )
-    _refuse_unless(
+    refuse_unless(
         not data.sources or any(source.share != 0 for source in data.sources),
         "Every share of data.sources is 0, so nothing would be read.",
     )
@@ -188,15 +156,15 @@ def _check_data(recipe: Recipe) -> None:
 
 def _check_growth(recipe: Recipe) -> None:
     data = recipe.data
-    _at_least(0, "data", data, ["begin_length"])
-    _probability("data", data, "grow_at")
+    at_least(0, "data", data, ["begin_length"])
+    probability("data", data, "grow_at")
     if not data.begin_length:
         return
-    _refuse_unless(
+    refuse_unless(
         data.layout == "single",
         'data.begin_length asks whether a text\'s answers are right; take data.layout="single".',
     )
-    _refuse_unless(
+    refuse_unless(
         all(source.kind != "files" for source in data.sources if source.share),
         "data.begin_length is for texts made as needed alone, and some of data.sources are files; leave "
         "one or the other out.",
@@ -204,37 +172,37 @@ def _check_growth(recipe: Recipe) -> None:
 
 
 def _check_source(recipe: Recipe, source: SourceSettings, key: str) -> None:
-    _at_least(0, key, source, ["share"])
+    at_least(0, key, source, ["share"])
     for name in not_for(source.kind):
         default = next(f.default for f in fields(source) if f.name == name)
-        _refuse_unless(
+        refuse_unless(
             getattr(source, name) == default,
             f'{key}.{name} does nothing in a source of kind "{source.kind}"; leave it out.',
         )
     if source.kind == "files":
-        _refuse_unless(
+        refuse_unless(
             bool(source.path), f"{key}.path is empty; name a file, a folder or a data set."
         )
         return
-    _at_least(1, key, source, ["lengths_in_steps_of", "keys", "asked", "digits"])
-    _refuse_unless(
+    at_least(1, key, source, ["lengths_in_steps_of", "keys", "asked", "digits"])
+    refuse_unless(
         source.asked <= source.keys,
         f"{key}.asked={source.asked}, and there are {key}.keys={source.keys}; ask for fewer.",
     )
-    _at_least(0, key, source, ["filler_share", "asked_prose"])
-    _place(f"{key}.where", source.where)
-    _refuse_unless(
+    at_least(0, key, source, ["filler_share", "asked_prose"])
+    place(f"{key}.where", source.where)
+    refuse_unless(
         bool(source.lengths),
         f"{key}.lengths must be a shortest and a longest length, or those that there may be; it is "
         "empty.",
     )
-    _ascending(f"{key}.lengths", source.lengths)
+    ascending(f"{key}.lengths", source.lengths)
     step, shortest, longest = source.lengths_in_steps_of, source.lengths[0], source.lengths[-1]
-    _refuse_unless(
+    refuse_unless(
         longest // step * step >= shortest,
         f"{key}.lengths holds no multiple of lengths_in_steps_of={step}.",
     )
-    _refuse_unless(
+    refuse_unless(
         recipe.data.layout != "single" or longest <= recipe.data.length,
         f"{key}.lengths goes up to {longest}, and data.length={recipe.data.length} leaves longer "
         "examples out; raise data.length.",
@@ -243,42 +211,42 @@ def _check_source(recipe: Recipe, source: SourceSettings, key: str) -> None:
 
 def _check_optimizer(recipe: Recipe) -> None:
     optimizer = recipe.optimizer
-    _above_zero("optimizer", optimizer, ["learning_rate"])
+    above_zero("optimizer", optimizer, ["learning_rate"])
     for name in ("beta1", "beta2"):
         value = getattr(optimizer, name)
-        _refuse_unless(0 <= value < 1, f"optimizer.{name} must be from 0 to below 1, not {value}.")
-    _at_least(0, "optimizer", optimizer, ["weight_decay", "warmup_steps", "max_grad_norm"])
+        refuse_unless(0 <= value < 1, f"optimizer.{name} must be from 0 to below 1, not {value}.")
+    at_least(0, "optimizer", optimizer, ["weight_decay", "warmup_steps", "max_grad_norm"])
 
 
 def _check_feedback(recipe: Recipe) -> None:
     feedback, fam = recipe.feedback, recipe.fam
-    _at_least(0, "feedback", feedback, ["bptt_blocks", "state_passing_delay", "bias_steps"])
+    at_least(0, "feedback", feedback, ["bptt_blocks", "state_passing_delay", "bias_steps"])
     _check_asked(recipe)
-    _at_least(0, "feedback", feedback, ["diversity_weight", "reconstruction_weight"])
-    _refuse_unless(
+    at_least(0, "feedback", feedback, ["diversity_weight", "reconstruction_weight"])
+    refuse_unless(
         not feedback.diversity_weight or fam.fam_length != 1,
         "feedback.diversity_weight pushes rows of FAM apart, and fam.fam_length=1 has only one.",
     )
-    _probability("feedback", feedback, "state_passing")
-    _probability("feedback", feedback, "position_offset")
-    _above_zero("feedback", feedback, ["position_offset_limit", "bias_power"])
-    _refuse_unless(
+    probability("feedback", feedback, "state_passing")
+    probability("feedback", feedback, "position_offset")
+    above_zero("feedback", feedback, ["position_offset_limit", "bias_power"])
+    refuse_unless(
         feedback.bptt_blocks != 1 or not fam.has_feedback,
         "feedback.bptt_blocks=1 teaches FAM nothing, since what one block writes is read in the next; "
         "take 2 or more, or 0 for all.",
     )
-    _refuse_unless(
+    refuse_unless(
         feedback.position_offset == 0 or recipe.data.layout != "documents",
         'feedback.position_offset is for data.layout="packed" or "single"; in "documents" positions '
         "go on from step to step.",
     )
     if feedback.state_passing:
-        _refuse_unless(
+        refuse_unless(
             recipe.data.layout != "documents",
             'feedback.state_passing is for data.layout="packed" or "single"; in "documents" the '
             "whole memory is carried from step to step already.",
         )
-        _refuse_unless(
+        refuse_unless(
             fam.fam_query != "static" or not fam.has_feedback,
             'feedback.state_passing cannot go with fam.fam_query="static", whose queries need the '
             "prompt that rose through the stream's own first block.",
@@ -286,24 +254,24 @@ def _check_feedback(recipe: Recipe) -> None:
     _check_drawn_segments(recipe)
     if fam.through_stack:
         name = f'fam.recurrence="{fam.recurrence}"'
-        _refuse_unless(
+        refuse_unless(
             not feedback.state_passing,
             f"feedback.state_passing passes the FAM of each layer, and under {name} there is none; "
             "leave it out.",
         )
-        _refuse_unless(
+        refuse_unless(
             not feedback.diversity_weight and not feedback.reconstruction_weight,
             "feedback.diversity_weight and feedback.reconstruction_weight look at the FAM of each "
             f"layer, and under {name} there is none; leave them out.",
         )
-        _refuse_unless(
+        refuse_unless(
             recipe.data.layout != "documents",
             f'data.layout="documents" begins texts in some rows and not in others, and under {name} '
             'rows stand alike; take "packed" or "single".',
         )
     # Without a feedback memory all of this does nothing: fam.fam_length=0 makes a baseline of a recipe.
     if feedback.bias_steps and fam.has_feedback:
-        _refuse_unless(
+        refuse_unless(
             feedback.bias_start < fam.fam_bias,
             f"feedback.bias_steps needs a feedback.bias_start below fam.fam_bias={fam.fam_bias}, to "
             f"which it rises; it is {feedback.bias_start}.",
@@ -312,20 +280,20 @@ def _check_feedback(recipe: Recipe) -> None:
 
 def _check_asked(recipe: Recipe) -> None:
     feedback, fam = recipe.feedback, recipe.fam
-    _at_least(0, "feedback", feedback, ["asked_blocks"])
+    at_least(0, "feedback", feedback, ["asked_blocks"])
     others = feedback.bptt_blocks or feedback.diversity_weight or feedback.reconstruction_weight
     alone = fam.fam_seen == "asked" and recipe.data.layout == "single" and not others
-    _refuse_unless(
+    refuse_unless(
         not feedback.asked_blocks or alone or not fam.has_feedback,
         'feedback.asked_blocks asks of whole texts what FAM alone shows; take fam.fam_seen="asked", '
         'data.layout="single", feedback.bptt_blocks=0 and no auxiliary losses.',
     )
-    _refuse_unless(
+    refuse_unless(
         fam.fam_seen == "always" or recipe.data.layout != "packed",
         'In data.layout="packed" texts stand one behind the other, and all would be asked; take '
         '"single" for fam.fam_seen="asked".',
     )
-    _refuse_unless(
+    refuse_unless(
         fam.fam_seen == "asked"
         or not fam.has_feedback
         or not any(s.asked_prose for s in recipe.data.sources),
@@ -337,11 +305,11 @@ def _check_drawn_segments(recipe: Recipe) -> None:
     drawn = recipe.feedback.drawn_segments
     if not drawn:
         return
-    _refuse_unless(
+    refuse_unless(
         min(drawn) >= 0,
         f"feedback.drawn_segments must be numbers of past blocks, from 0, not {list(drawn)}.",
     )
-    _refuse_unless(
+    refuse_unless(
         recipe.fam.attention == "bswa" and recipe.data.layout != "documents",
         'feedback.drawn_segments is for fam.attention="bswa" and data.layout="packed" or "single": '
         "other windows have no past blocks, and documents go on from step to step.",
@@ -350,71 +318,17 @@ def _check_drawn_segments(recipe: Recipe) -> None:
 
 def _check_run(recipe: Recipe) -> None:
     run = recipe.run
-    _at_least(1, "run", run, ["steps", "keep_checkpoints", "log_every"])
-    _at_least(0, "run", run, ["minutes", "seed", "checkpoint_every"])
-    _above_zero("run", run, ["explode_at"])  # inf: never
-
-
-def _check_recording(recipe: Recipe) -> None:
-    """What every row of a recorded step has in common is recorded with it."""
-    if not recipe.run.cuda_graphs:
-        return
-    feedback = recipe.feedback
-    wrong = {
-        "run.activation_checkpointing=true": recipe.run.activation_checkpointing,
-        'data.layout="documents"': recipe.data.layout == "documents",
-        "feedback.position_offset": feedback.position_offset,
-        "feedback.bias_steps": feedback.bias_steps and recipe.fam.has_feedback,
-        "feedback.diversity_weight": feedback.diversity_weight,
-        "feedback.reconstruction_weight": feedback.reconstruction_weight,
-        "train.dropout": recipe.train.dropout,
-        "feedback.asked_blocks": feedback.asked_blocks,
-        f'fam.recurrence="{recipe.fam.recurrence}"': recipe.fam.through_stack,
-    }
-    if recipe.fam.fam_seen == "asked":
-        read = any(s.filler_share and not s.asked_prose for s in recipe.data.sources)
-        wrong["feedback.bptt_blocks"] = feedback.bptt_blocks
-        wrong["filler_share without asked_prose"] = read
-        # Each length is a recording.
-        wrong["lengths of a range"] = any(
-            (len(s.lengths) == 2 and s.lengths_in_steps_of % recipe.fam.block_size)
-            or not s.lengths_alike
-            for s in recipe.data.sources
-            if s.kind != "files"
-        )
-    found = [name for name, is_set in wrong.items() if is_set]
-    _refuse_unless(
-        not found,
-        f"run.cuda_graphs plays the same step again and again, which does not go with "
-        f"{', '.join(found)}; leave one or the other out.",
-    )
-    if feedback.bptt_blocks:
-        _check_segments_alike(recipe)
-
-
-def _check_segments_alike(recipe: Recipe) -> None:
-    """All segments of a text but its first are played alike: however far it is, it looks the same."""
-    fam, feedback = recipe.fam, recipe.feedback
-    past = fam.past_length
-    if past is None or fam.global_positions or fam.fam_position == "zero":
-        raise UserError(
-            "run.cuda_graphs does not go with feedback.bptt_blocks where windows grow or positions "
-            "count from the start of a text; leave one or the other out."
-        )
-    behind = max(*feedback.drawn_segments, -(-past // fam.block_size), fam.previous_fams, 0)
-    _refuse_unless(
-        feedback.bptt_blocks >= behind,
-        f"With run.cuda_graphs a segment must fill the windows: feedback.bptt_blocks must be at least "
-        f"{behind}, not {feedback.bptt_blocks}.",
-    )
+    at_least(1, "run", run, ["steps", "keep_checkpoints", "log_every"])
+    at_least(0, "run", run, ["minutes", "seed", "checkpoint_every"])
+    above_zero("run", run, ["explode_at"])  # inf: never
 
 
 def _check_probes(recipe: Recipe) -> None:
     probes = recipe.probes
-    _at_least(0, "probes", probes, ["every"])
-    _at_least(2, "probes", probes, ["heldout_tokens"])
-    _at_least(
+    at_least(0, "probes", probes, ["every"])
+    at_least(2, "probes", probes, ["heldout_tokens"])
+    at_least(
         1, "probes", probes, ["heldout_rows", "passkey_samples", "passkey_keys", "passkey_digits"]
     )
-    _ascending("probes.passkey_lengths", probes.passkey_lengths)
-    _place("probes.passkey_where", probes.passkey_where)
+    ascending("probes.passkey_lengths", probes.passkey_lengths)
+    place("probes.passkey_where", probes.passkey_where)

@@ -27,13 +27,6 @@ from transformerfam.training.steps import FamAfterBlocks, Stepper
 Beginning = Literal["anew", "passed", "on"]
 
 
-def stepper_for(accelerator: Any, model: Any, base: Any, recipe: Recipe) -> Stepper:
-    """The recipe's way to do steps; without a GPU, or with several, nothing is recorded."""
-    one_gpu = accelerator.device.type == "cuda" and accelerator.num_processes == 1
-    kind = RecordedStepper if recipe.run.cuda_graphs and one_gpu else Stepper
-    return kind(accelerator, model, base, recipe)
-
-
 class RecordedStepper(Stepper):
     """Forward and backward of steps, recorded; what comes of them is the same as of a `Stepper`.
 
@@ -69,6 +62,7 @@ class RecordedStepper(Stepper):
         self, batch: Batch, memory: Memory, total: float, is_last: bool
     ) -> tuple[float, Memory]:
         self._give_gradients()
+        self.tokens += batch.tokens
         size, B = self._length, self.base.fam_config.block_size
         if self._some_ask:
             # What is read is the longer part by far: a recording for each length.

@@ -56,6 +56,10 @@ class PasskeySource:
         length = random.Random(f"{self.seed}/length/{shared}").choice(self._lengths())
         return self.texts.example(random.Random(f"{self.texts.seed}/passkey/{number}"), length)
 
+    def prose(self, rng: random.Random, tokens: int) -> list[int]:
+        """So many tokens of what things are hidden in, from a random place on."""
+        return self.texts.prose(rng, tokens)
+
     def _lengths(self) -> Sequence[int]:
         if self.longest is None or max(self.texts.lengths) <= self.longest:
             return self.texts.lengths

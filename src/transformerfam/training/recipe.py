@@ -21,6 +21,7 @@ from transformerfam.training.settings import (
     ModelSettings,
     OptimizerSettings,
     ProbeSettings,
+    ReplaySettings,
     RunSettings,
     SourceSettings,
     TrainSettings,
@@ -43,6 +44,7 @@ class Recipe:
     data: DataSettings = field(default_factory=DataSettings)
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
     feedback: FeedbackSettings = field(default_factory=FeedbackSettings)
+    replay: ReplaySettings = field(default_factory=ReplaySettings)
     run: RunSettings = field(default_factory=RunSettings)
     probes: ProbeSettings = field(default_factory=ProbeSettings)
 
@@ -111,6 +113,7 @@ SECTIONS: dict[str, type[Any]] = {
     "data": DataSettings,
     "optimizer": OptimizerSettings,
     "feedback": FeedbackSettings,
+    "replay": ReplaySettings,
     "run": RunSettings,
     "probes": ProbeSettings,
 }

@@ -225,6 +225,26 @@ class FeedbackSettings:
 
 
 @dataclass(frozen=True)
+class ReplaySettings:
+    """Texts of blocks that were read once, for a memory whose tokens are read by weights that stay.
+
+    With `fam.adapted = "fam"` and `fam.fam_seen = "asked"`. Texts are to tell everything in their first
+    block and to ask behind it; a step reads that block, and puts blocks of prose before and behind it.
+    """
+
+    blocks: int = _setting(
+        0,
+        "blocks of prose that are read before the first step, from the filler of the sources; 0: texts "
+        "are read as they are",
+    )
+    before: tuple[int, ...] = _setting(
+        (0,), "numbers of blocks of prose before the text's own block; one is drawn each time"
+    )
+    behind: tuple[int, ...] = _setting((4,), "the same behind it")
+    times: int = _setting(1, "how often a step replays each text, each time with other prose")
+
+
+@dataclass(frozen=True)
 class RunSettings:
     """How long, how, and where to."""
 

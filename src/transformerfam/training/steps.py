@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from transformerfam.auxiliary import FeedbackLosses
-from transformerfam.call import Attended, Written
+from transformerfam.call import Attended, Read, Written
 from transformerfam.conversion import reconfigure
 from transformerfam.errors import UserError
 from transformerfam.extras import require
@@ -54,7 +54,7 @@ class FamAfterBlocks:
     def __init__(self) -> None:
         self._fams: dict[int, list[Tensor]] = {}  # layer -> (R, N, d) after block 0, 1, ..
 
-    def __call__(self, seen: Attended | Written) -> None:
+    def __call__(self, seen: Attended | Read | Written) -> None:
         """See `call.Observer`."""
         if isinstance(seen, Written):
             self._fams.setdefault(seen.layer, []).append(seen.fam)
@@ -90,6 +90,7 @@ class Stepper:
 
     Attributes:
         longest: rows of the steps to come have mostly no more tokens.
+        tokens: of the last step, those that this process read.
         right: of the last step, rows whose answers were all right, and rows with answers, of all
             processes; counted where texts grow (`data.begin_length`).
     """
@@ -105,6 +106,7 @@ class Stepper:
         self.carried = Carried()
         self.longest = recipe.data.length
         self.right = 0, 0
+        self.tokens = 0
         self._step = 0
         self._counts_right = recipe.data.begin_length > 0
         if self._sharded and self.feedback.asked_blocks:
@@ -137,7 +139,7 @@ class Stepper:
         torch.manual_seed(self._seed(step))
         total = self._sum_over_processes(sum(float(b.weights.sum()) for b in batches))
         summed = torch.zeros((), dtype=torch.float64)
-        self.right = 0, 0
+        self.right, self.tokens = (0, 0), 0
         memories: list[Memory] = []
         for i, batch in enumerate(batches):
             memory = self._begin(batch, i, step)
@@ -202,6 +204,7 @@ class Stepper:
         self, batch: Batch, memory: Memory, total: float, is_last: bool
     ) -> tuple[float, Memory]:
         """(sum of weighted losses, memory after the batch), having gone backward in each segment."""
+        self.tokens += batch.tokens
         segments = list(batch.segments(self.feedback.bptt_blocks * self.base.fam_config.block_size))
         summed, self._said = 0.0, torch.zeros(2, len(batch.fresh), dtype=torch.bool)
         for i, segment in enumerate(segments):

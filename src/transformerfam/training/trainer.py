@@ -24,12 +24,12 @@ from transformerfam.training.card import model_card
 from transformerfam.training.checkpoint import Checkpoints, Progress, changed_setting, recipe_of
 from transformerfam.training.clock import Clock
 from transformerfam.training.curriculum import Curriculum
-from transformerfam.training.graphs import stepper_for
 from transformerfam.training.inputs import open_probes, open_source, row_readers
 from transformerfam.training.journal import Journal
 from transformerfam.training.optimizers import make_optimizer, rate_at
 from transformerfam.training.probes import Probe
 from transformerfam.training.recipe import Recipe
+from transformerfam.training.replaying import stepper_for
 from transformerfam.training.steps import bias_at
 
 
@@ -161,7 +161,7 @@ class Trainer:
             name: value for name, value in optimizer.param_groups[0].items() if name != "params"
         }
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
-        self.stepper = stepper_for(self.accelerator, self.model, self.base, recipe)
+        self.stepper = stepper_for(self.accelerator, self.model, self.base, recipe, source)
         self.curriculum = Curriculum(recipe, source)
         self.checkpoints = Checkpoints(
             (self.folder or Path()) / places.CHECKPOINTS,
@@ -231,7 +231,7 @@ class Trainer:
             self._check(step, loss, norm)
             self.optimizer.step()
         self.optimizer.zero_grad()
-        tokens = round(self._sum(sum(b.tokens for b in batches)))
+        tokens = round(self._sum(self.stepper.tokens))
         if (step + 1) % self.recipe.run.log_every == 0 or step + 1 == self.recipe.run.steps:
             kept.step(
                 step + 1,

@@ -1,0 +1,102 @@
+"""Blocks that were read once, taken into memories again and again.
+
+Where tokens do not see FAM (`fam_seen="asked"`, before something is asked) what a block leaves in a
+layer, its keys and values, does not depend on FAM, nor on an adapter of FAM alone. So it can be kept,
+and FAM led over it at a small part of what reading costs: N rows go through the layer instead of B
+tokens. A memory that is led over all blocks of a text is the one that reading it would have left.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from transformerfam.call import Attended, Given, Read, Written
+from transformerfam.layer_memory import KeyValue
+from transformerfam.memory import Memory
+from transformerfam.modules import decoder_of
+
+
+@dataclass(frozen=True)
+class Recording:
+    """What one block of R streams, read at its place, leaves.
+
+    Attributes:
+        tokens: of each layer, keys, rotated in the frame of the block, and values, (R, Hk, B, D).
+        anchors: of each layer, keys, not rotated, and values of the streams' anchors, (R, Hk, A, D).
+    """
+
+    tokens: list[KeyValue]
+    anchors: list[KeyValue]
+
+
+@torch.no_grad()
+def record(model: Any, ids: Tensor, memory: Memory) -> list[Recording]:
+    """Read whole blocks, and keep what each leaves.
+
+    Args:
+        model: a TransformerFAM.
+        ids: (R, n·B) token ids.
+        memory: of R streams that stand at the start of a block; it is advanced.
+    """
+    recordings = []
+    for block in ids.split(model.fam_config.block_size, dim=1):
+        heard = _Recorder()
+        decoder_of(model)(
+            input_ids=block, past_key_values=memory, use_cache=True, fam_observer=heard
+        )
+        recordings.append(Recording(heard.tokens, heard.anchors))
+    return recordings
+
+
+class _Recorder:
+    """An observer of a call of one block."""
+
+    def __init__(self) -> None:
+        self.tokens: list[KeyValue] = []
+        self.anchors: list[KeyValue] = []
+
+    def __call__(self, seen: Attended | Read | Written) -> None:
+        if isinstance(seen, Read):
+            self.tokens.append(seen.tokens)
+            self.anchors.append(seen.anchors)
+
+
+def replay(model: Any, given: Given, memory: Memory, **options: Any) -> None:
+    """Lead a memory over tokens that were read before (algorithm 2 without the tokens' own layers).
+
+    Gradients go through FAM, and through nothing else.
+
+    Args:
+        model: a TransformerFAM.
+        given: what the tokens left when they were read. Blocks need not have stood behind each other.
+        memory: of streams that stand at the start of a block; it is advanced.
+        options: of the decoder, such as `fam_observer`.
+
+    Raises:
+        ValueError: if tokens of this geometry see FAM, so that what they leave depends on it; if it has
+            another kind of memory; or if the memory is inside a block.
+    """
+    config = model.fam_config
+    if config.fam_seen != "asked" or memory.asking:
+        raise ValueError(
+            "Only tokens that do not see FAM can be taken into a memory without being read; take "
+            'fam_seen="asked", and replay outside of `memory.asked()`.'
+        )
+    if config.past_length is None or config.compressive_memory != "none":
+        raise ValueError("Only windows that end, and FAM, can be led over what was read before.")
+    if any(position % config.block_size for position in memory.position):
+        raise ValueError("Only at the start of a block can a memory take in what was read before.")
+    decoder = decoder_of(model)
+    embeddings = decoder.get_input_embeddings().weight
+    # A layer is entered by one row of zeros for each stream, in the place of its tokens.
+    decoder(
+        inputs_embeds=embeddings.new_zeros(memory.rows, 1, embeddings.shape[1]),
+        past_key_values=memory,
+        use_cache=True,
+        fam_given=given,
+        **options,
+    )

@@ -1,0 +1,104 @@
+"""What does not go with steps that are replayed (`replay.blocks`) or recorded (`run.cuda_graphs`)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from transformerfam.errors import UserError
+from transformerfam.training.refusals import at_least, refuse_unless
+
+if TYPE_CHECKING:
+    from transformerfam.training.recipe import Recipe
+
+
+def check_replay(recipe: Recipe) -> None:
+    """What is kept of tokens must not change, and there must be something to put around."""
+    replay, fam, feedback = recipe.replay, recipe.fam, recipe.feedback
+    at_least(0, "replay", replay, ["blocks"])
+    at_least(1, "replay", replay, ["times"])
+    for name in ("before", "behind"):
+        drawn = getattr(replay, name)
+        refuse_unless(
+            bool(drawn) and min(drawn) >= 0,
+            f"replay.{name} must be numbers of blocks, from 0, not {list(drawn)}.",
+        )
+    if not replay.blocks or not fam.has_feedback:
+        return
+    refuse_unless(
+        fam.fam_seen == "asked" and fam.adapted == "fam" and fam.past_length is not None,
+        'replay.blocks keeps what tokens leave, which must not change with FAM: take fam.adapted="fam", '
+        'fam.fam_seen="asked" and windows that end.',
+    )
+    made_up = all(s.kind != "files" for s in recipe.data.sources if s.share)
+    refuse_unless(
+        recipe.data.layout == "single" and made_up,
+        'replay.blocks puts prose around texts that are made up; take data.layout="single" and no '
+        "source of files.",
+    )
+    wrong = {
+        "data.begin_length": recipe.data.begin_length,
+        "feedback.bptt_blocks": feedback.bptt_blocks,
+        "feedback.state_passing": feedback.state_passing,
+        "feedback.diversity_weight": feedback.diversity_weight,
+        "feedback.reconstruction_weight": feedback.reconstruction_weight,
+        "run.cuda_graphs": recipe.run.cuda_graphs,
+        "run.activation_checkpointing": recipe.run.activation_checkpointing,
+    }
+    found = [name for name, is_set in wrong.items() if is_set]
+    refuse_unless(
+        not found, f"replay.blocks does not go with {', '.join(found)}; leave one or the other out."
+    )
+
+
+def check_recording(recipe: Recipe) -> None:
+    """What every row of a recorded step has in common is recorded with it."""
+    if not recipe.run.cuda_graphs:
+        return
+    feedback = recipe.feedback
+    wrong = {
+        "run.activation_checkpointing=true": recipe.run.activation_checkpointing,
+        'data.layout="documents"': recipe.data.layout == "documents",
+        "feedback.position_offset": feedback.position_offset,
+        "feedback.bias_steps": feedback.bias_steps and recipe.fam.has_feedback,
+        "feedback.diversity_weight": feedback.diversity_weight,
+        "feedback.reconstruction_weight": feedback.reconstruction_weight,
+        "train.dropout": recipe.train.dropout,
+        "feedback.asked_blocks": feedback.asked_blocks,
+        f'fam.recurrence="{recipe.fam.recurrence}"': recipe.fam.through_stack,
+    }
+    if recipe.fam.fam_seen == "asked":
+        read = any(s.filler_share and not s.asked_prose for s in recipe.data.sources)
+        wrong["feedback.bptt_blocks"] = feedback.bptt_blocks
+        wrong["filler_share without asked_prose"] = read
+        # Each length is a recording.
+        wrong["lengths of a range"] = any(
+            (len(s.lengths) == 2 and s.lengths_in_steps_of % recipe.fam.block_size)
+            or not s.lengths_alike
+            for s in recipe.data.sources
+            if s.kind != "files"
+        )
+    found = [name for name, is_set in wrong.items() if is_set]
+    refuse_unless(
+        not found,
+        f"run.cuda_graphs plays the same step again and again, which does not go with "
+        f"{', '.join(found)}; leave one or the other out.",
+    )
+    if feedback.bptt_blocks:
+        _check_segments_alike(recipe)
+
+
+def _check_segments_alike(recipe: Recipe) -> None:
+    """All segments of a text but its first are played alike: however far it is, it looks the same."""
+    fam, feedback = recipe.fam, recipe.feedback
+    past = fam.past_length
+    if past is None or fam.global_positions or fam.fam_position == "zero":
+        raise UserError(
+            "run.cuda_graphs does not go with feedback.bptt_blocks where windows grow or positions "
+            "count from the start of a text; leave one or the other out."
+        )
+    behind = max(*feedback.drawn_segments, -(-past // fam.block_size), fam.previous_fams, 0)
+    refuse_unless(
+        feedback.bptt_blocks >= behind,
+        f"With run.cuda_graphs a segment must fill the windows: feedback.bptt_blocks must be at least "
+        f"{behind}, not {feedback.bptt_blocks}.",
+    )

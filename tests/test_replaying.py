@@ -1,0 +1,213 @@
+"""Steps over blocks that were read once: what they learn from, and what goes with them."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from families import some_tokens
+from test_adapted import with_adapter
+from test_steps import B, assert_same, gradients
+from torch import Tensor
+
+from transformerfam.data.examples import Example
+from transformerfam.errors import UserError
+from transformerfam.training.batches import Batch
+from transformerfam.training.recipe import Recipe
+from transformerfam.training.replaying import Library, ReplayStepper, Text
+from transformerfam.training.steps import Stepper
+from transformerfam.training.trainer import Trainer
+
+QUESTION = 4  # tokens, with the answer
+
+
+class Prose:
+    """Random tokens, and texts of which two blocks' worth is read and then something asked."""
+
+    def draw(self, number: int) -> Example:
+        length = 2 * B + 1 + QUESTION
+        ids = self.prose(random.Random(number), length)
+        asked_from = length - QUESTION
+        weights = [0.0] * (asked_from + 2) + [1.0] * (QUESTION - 2)
+        return Example(ids, weights, asked_from, 4, asked_from + 1)
+
+    def prose(self, rng: random.Random, tokens: int) -> list[int]:
+        return [rng.randrange(3, 64) for _ in range(tokens)]
+
+
+def recipe(
+    fam: dict[str, Any] | None = None, replay: dict[str, Any] | None = None, **feedback: Any
+) -> Recipe:
+    alone = {"memory_segments": 0, "sink_tokens": 0}
+    return Recipe.from_dict(
+        {
+            "fam": {
+                **{"block_size": B, "fam_length": 3, "adapted": "fam", "fam_seen": "asked"},
+                **(alone if fam is None else fam),
+            },
+            "train": {"rank": 4, "alpha": 4.0},
+            "data": {"layout": "single", "batch_size": 2, "length": 4 * B},
+            "feedback": {"bias_steps": 0, **feedback},
+            "replay": {"blocks": 6, "before": [0, 2], "behind": [1, 3], **(replay or {})},
+            "run": {"steps": 3, "activation_checkpointing": False, "checkpoint_every": 1},
+        }
+    )
+
+
+def stepper(kind: Any, made: Recipe, *more: Any) -> Any:
+    model = with_adapter(made.fam).train()
+    accelerator = Accelerator()
+    return kind(accelerator, accelerator.prepare(model), model.base_model.model, made, *more)
+
+
+def rows(count: int = 2) -> Batch:
+    """Texts of `Prose` as a batch."""
+    ids = some_tokens(count, 2 * B + 1 + QUESTION)
+    weights = torch.zeros(ids.shape)
+    weights[:, -QUESTION + 2 :] = 1.0
+    asked_from = ids.shape[1] - QUESTION
+    fresh, told = (True,) * count, (4,) * count
+    asked, question = (asked_from,) * count, (asked_from + 1,) * count
+    return Batch(ids[:, :-1], ids[:, 1:], weights[:, 1:], None, fresh, asked, told, question)
+
+
+def written_out(text: Text, library: Library) -> Batch:
+    """The same texts as tokens from beginning to end."""
+    parts = [
+        text.rows.inputs[:, :B] if j == text.own else library.ids[text.prose(j, len(library))]
+        for j in range(text.blocks + 1)
+    ]
+    parts[-1] = parts[-1][:, : text.begun]
+    read = torch.cat(parts, dim=1)
+    nothing = torch.zeros(read.shape)
+
+    def behind(first: Tensor, then: Tensor) -> Tensor:
+        return torch.cat([first, then], dim=1)
+
+    count, asked_from = len(read), read.shape[1]
+    return Batch(
+        behind(read, text.asked.inputs),
+        behind(read, text.asked.targets),
+        behind(nothing, text.asked.weights),
+        None,
+        (True,) * count,
+        (asked_from,) * count,
+        tuple(text.own * B + told for told in text.rows.told),
+        (asked_from + 1,) * count,
+    )
+
+
+@pytest.mark.parametrize("asked_blocks", [0, 9])
+def test_a_replayed_text_is_one_that_is_read(asked_blocks: int) -> None:
+    """Of blocks that do not see each other, so that it does not matter where they were read."""
+    made = recipe(replay={"times": 3}, asked_blocks=asked_blocks)
+    one, batch = stepper(ReplayStepper, made, Prose()), rows()
+    loss = one.run(5, [batch])
+    ours = gradients(one.base)
+    plain = stepper(Stepper, recipe(replay={"blocks": 0}, asked_blocks=asked_blocks))
+    losses, total = [], dict[str, Tensor]()
+    for time in range(3):
+        text = written_out(one._text(batch, time), one.library)
+        losses.append(plain.run(5, [text]))
+        for name, gradient in gradients(plain.base).items():
+            total[name] = total.get(name, 0) + gradient / 3
+    assert loss == pytest.approx(sum(losses) / 3, rel=1e-6)
+    assert_same(ours, total)
+
+
+def test_tokens_count_as_often_as_they_are_replayed() -> None:
+    one = stepper(ReplayStepper, recipe(replay={"times": 2}), Prose())
+    one.run(0, [rows()])
+    wanted = [written_out(one._text(rows(), time), one.library).inputs.numel() for time in (0, 1)]
+    assert one.tokens == sum(wanted)
+
+
+def test_texts_are_drawn_anew_each_time_and_alike_when_repeated() -> None:
+    def texts(step: int) -> list[tuple[Any, ...]]:
+        one = stepper(ReplayStepper, recipe(replay={"times": 9}), Prose())
+        one._step = step
+        made = [one._text(rows(), time) for time in range(9)]
+        return [(t.own, t.blocks, t.begun, *t.places.tolist()) for t in made]
+
+    assert texts(0) == texts(0) != texts(1)
+    drawn = texts(0)
+    assert {own for own, *_ in drawn} == {0, 2}
+    assert {blocks - own - 1 for own, blocks, *_ in drawn} == {1, 3}
+
+
+def test_the_library_is_prose_as_the_windows_of_the_geometry_read_it() -> None:
+    made = recipe(fam={"memory_segments": 1, "sink_tokens": 1}, drawn_segments=[0])
+    one = stepper(ReplayStepper, made, Prose())
+    one.set_geometry(0)
+    library = one.library
+    assert one.base.fam_config.memory_segments == 0, "what the step has drawn"
+    assert len(library) == 8, "two each of four streams"
+    other = Library(stepper(Stepper, made).base, Prose(), 6, made.run.seed)
+    for ours, theirs in zip(library.tokens, other.tokens, strict=True):
+        assert torch.equal(ours.keys, theirs.keys) and torch.equal(ours.values, theirs.values)
+
+
+def test_a_text_that_tells_later_is_left_out_and_none_left_is_an_error() -> None:
+    late = rows()
+    some = Batch(*(late.__dict__[name] for name in list(late.__dict__)[:6]), (4, B + 1), (11, 11))
+    assert some.told_within(B).told == (4,)
+    with pytest.raises(UserError, match="in its first 3 tokens"):
+        some.told_within(3)
+
+
+def test_a_run_that_goes_on_is_one_that_was_not_stopped(tmp_path: Path) -> None:
+    def run(folder: str, stops: Sequence[bool]) -> dict[str, Tensor]:
+        asked = iter([*stops, *[False] * 9])
+        trained = None
+        for resume in [False] + [True] * any(stops):
+            torch.manual_seed(0)
+            made = recipe(fam={"memory_segments": 1, "sink_tokens": 1}, drawn_segments=[0, 1])
+            made = made.replace(
+                run=made.run.__class__(**{**made.run.__dict__, "output": str(tmp_path / folder)})
+            )
+            trainer = Trainer(made, with_adapter(made.fam), Prose(), quiet=True)
+            trained = trainer.run(resume=resume, stop=lambda: next(asked))
+        assert trained is not None and trained.steps == 3
+        return {n: p.detach() for n, p in trained.model.named_parameters() if p.requires_grad}
+
+    whole, stopped = run("whole", []), run("stopped", [True])
+    assert whole
+    for name, value in whole.items():
+        assert torch.equal(value, stopped[name]), name
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"fam": {"adapted": "all"}}, "adapted"),
+        ({"fam": {"attention": "full"}}, "windows that end"),
+        ({"data": {"begin_length": 8}}, "begin_length"),
+        ({"feedback": {"state_passing": 0.5}}, "state_passing"),
+        ({"run": {"activation_checkpointing": True}}, "activation_checkpointing"),
+        ({"replay": {"behind": []}}, "behind"),
+        ({"replay": {"before": [-1]}}, "before"),
+        ({"replay": {"times": 0}}, "times"),
+        ({"data": {"layout": "documents"}}, "single"),
+        ({"data": {"sources": [{"kind": "files", "path": "x.jsonl"}]}}, "files"),
+    ],
+)
+def test_what_does_not_go_together_says_why(changes: dict[str, Any], named: str) -> None:
+    table = recipe().to_dict()
+    for section, values in changes.items():
+        table[section] = {**table[section], **values}
+    with pytest.raises(UserError, match=named):
+        Recipe.from_dict(table)
+
+
+def test_a_source_without_prose_cannot_be_replayed() -> None:
+    class Mute:
+        def draw(self, number: int) -> Example:
+            return Prose().draw(number)
+
+    with pytest.raises(UserError, match="made-up texts"):
+        stepper(ReplayStepper, recipe(), Mute()).run(0, [rows()])
