@@ -356,6 +356,15 @@ GOOD = [
 ]
 
 
+@pytest.mark.parametrize("name", recipe.shipped())
+def test_every_recipe_has_a_baseline(name: str) -> None:
+    data = ["data.sources.0.path=x.jsonl"] if name == "paper" else []
+    baseline = Recipe.load(recipe.find(name), [*data, "fam.fam_length=0"])
+    assert not baseline.fam.has_feedback
+    with pytest.raises(UserError, match="fam_seen"):
+        Recipe.load(recipe.find(name), [*data, "fam.fam_length=0", "fam.fam_seen=asked"])
+
+
 @pytest.mark.parametrize("changes", GOOD)
 def test_what_can_work_is_not_refused(changes: str) -> None:
     made(*changes.split(" "))

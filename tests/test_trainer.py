@@ -296,7 +296,7 @@ def test_a_run_may_be_made_longer(tmp_path: Path) -> None:
 
 def test_a_run_ends_with_its_time_and_may_be_given_more(tmp_path: Path) -> None:
     whole = run(recipe(tmp_path / "whole", run={"steps": 3}))
-    short = recipe(tmp_path / "timed", run={"steps": 3, "minutes": 1e-9})
+    short = recipe(tmp_path / "timed", run={"steps": 3, "minutes": 1e-9, "log_every": 5})
     with (
         pytest.MonkeyPatch.context() as patch
     ):  # as if each look at the clock took half of the time
@@ -304,6 +304,7 @@ def test_a_run_ends_with_its_time_and_may_be_given_more(tmp_path: Path) -> None:
         timed = run(short)
     assert (timed.steps, timed.interrupted) == (1, False)
     assert timed.losses == whole.losses[:1]
+    assert [line["step"] for line in metrics(tmp_path / "timed")] == [1], "the last is written down"
     assert (tmp_path / "timed" / "adapter_model.safetensors").exists()
     again = run(short, resume=True)  # its time was up before
     assert (again.steps, again.losses) == (1, [])

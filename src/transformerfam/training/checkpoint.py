@@ -34,7 +34,7 @@ from transformerfam.training.recipe import Recipe
 from transformerfam.training.steps import Carried
 
 # A run that goes on may be longer or slower, but it trains the same thing on the same data.
-_FIXED_SECTIONS = ("model", "fam", "train", "data", "feedback")
+_FIXED_SECTIONS = ("model", "fam", "train", "data", "feedback", "replay")
 _FIXED_SETTINGS = (("run", "seed"), ("optimizer", "name"))
 
 _NAME = re.compile(r"step-(\d+)")
@@ -208,6 +208,7 @@ def recipe_of(path: Path) -> dict[str, Any]:
 def changed_setting(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> str | None:
     """A setting that must stay as the run was begun and has not; None: all have."""
     # A setting that is not set is not there, and one that is newer than a checkpoint was not set.
+    theirs = {**{section: {} for section in ours}, **theirs}
     fixed = [(s, key) for s in _FIXED_SECTIONS for key in {**ours[s], **theirs[s]}]
     defaults = Recipe().to_dict()
     fixed += _FIXED_SETTINGS

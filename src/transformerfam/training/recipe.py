@@ -28,6 +28,8 @@ from transformerfam.training.settings import (
 )
 
 _SOURCES = "sources"
+# Settings of a geometry that cannot be set without FAM.
+_OF_FAM = ("feedback_norm", "feedback_rms", "previous_fams", "fam_bias", "fam_seen", "adapted")
 
 
 @dataclass(frozen=True)
@@ -192,6 +194,11 @@ def changed(table: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any
         if not equals or len(path) < 2 or not all(path):
             raise UserError(f"{override!r} is no setting; write section.key=VALUE, run.steps=100.")
         _put(result, path, values.Given(text.strip()))
+    fam = result.get("fam")
+    if isinstance(fam, dict) and fam.get("fam_length") == values.Given("0"):
+        # The baseline of a recipe: what it says of FAM says nothing then.
+        for name in [n for n in _OF_FAM if not isinstance(fam.get(n), values.Given)]:
+            fam.pop(name, None)
     return result
 
 

@@ -188,12 +188,12 @@ class Trainer:
         kept = self._journal()
         try:
             for step in range(self.start.step, 0 if self._is_over(clock) else run.steps):
-                loss, read = self._step(step, kept, clock)
+                loss, read, is_last = self._step(step, kept, clock)
                 trained.losses.append(loss)
                 self._tell_what_is_left_out(kept)
                 trained.steps = step + 1
                 tokens += read
-                if step + 1 == run.steps or self._is_over(clock):
+                if is_last:
                     break  # its checkpoint is written when all is measured
                 every = self.recipe.probes.every
                 if every and (step + 1) % every == 0:
@@ -214,8 +214,8 @@ class Trainer:
         self._finish(trained, tokens, clock.seconds)
         return trained
 
-    def _step(self, step: int, kept: Journal, clock: Clock) -> tuple[float | None, int]:
-        """One step of the optimizer: (loss, tokens read by all processes)."""
+    def _step(self, step: int, kept: Journal, clock: Clock) -> tuple[float | None, int, bool]:
+        """One step of the optimizer: (loss, tokens read by all processes, whether it is the last)."""
         began = time.monotonic()
         self.model.train()
         batches = self._batches()
@@ -232,7 +232,8 @@ class Trainer:
             self.optimizer.step()
         self.optimizer.zero_grad()
         tokens = round(self._sum(self.stepper.tokens))
-        if (step + 1) % self.recipe.run.log_every == 0 or step + 1 == self.recipe.run.steps:
+        is_last = step + 1 == self.recipe.run.steps or self._is_over(clock)
+        if (step + 1) % self.recipe.run.log_every == 0 or is_last:
             kept.step(
                 step + 1,
                 loss=loss,
@@ -248,7 +249,7 @@ class Trainer:
             kept.progress.note(
                 f"step {step + 1:,}   texts of up to {self.curriculum.longest:,} tokens"
             )
-        return loss, tokens
+        return loss, tokens, is_last
 
     def _is_over(self, clock: Clock) -> bool:
         # Clocks differ, and all processes end with the same step.
