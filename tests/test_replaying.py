@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -153,8 +154,7 @@ def test_the_library_is_prose_as_the_windows_of_the_geometry_read_it() -> None:
 
 
 def test_a_text_that_tells_later_is_left_out_and_none_left_is_an_error() -> None:
-    late = rows()
-    some = Batch(*(late.__dict__[name] for name in list(late.__dict__)[:6]), (4, B + 1), (11, 11))
+    some = replace(rows(), told=(4, B + 1))
     assert some.told_within(B).told == (4,)
     with pytest.raises(UserError, match="in its first 3 tokens"):
         some.told_within(3)
@@ -167,9 +167,7 @@ def test_a_run_that_goes_on_is_one_that_was_not_stopped(tmp_path: Path) -> None:
         for resume in [False] + [True] * any(stops):
             torch.manual_seed(0)
             made = recipe(fam={"memory_segments": 1, "sink_tokens": 1}, drawn_segments=[0, 1])
-            made = made.replace(
-                run=made.run.__class__(**{**made.run.__dict__, "output": str(tmp_path / folder)})
-            )
+            made = made.replace(run=replace(made.run, output=str(tmp_path / folder)))
             trainer = Trainer(made, with_adapter(made.fam), Prose(), quiet=True)
             trained = trainer.run(resume=resume, stop=lambda: next(asked))
         assert trained is not None and trained.steps == 3
