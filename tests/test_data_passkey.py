@@ -154,6 +154,18 @@ def test_at_the_start_means_all_keys_before_the_filler_and_anywhere_means_spread
     assert " ".join(["", *DEFAULT_SENTENCES * 30]).startswith(filler)
 
 
+@pytest.mark.parametrize("keys", [1, 3])
+@pytest.mark.parametrize("where", ["anywhere", "start", 1.0])
+def test_all_keys_may_stand_near_the_start(where: str | float, keys: int) -> None:
+    samples = [made(seed, 1500, keys=keys, where=where, within=700)[0] for seed in range(30)]
+    told = [sample.example.told for sample in samples]
+    assert max(told) <= 700
+    if where == "anywhere":
+        assert len(set(told)) > 20 and max(told) > 600
+    # Without room for filler before them they stand in front of it.
+    assert made(0, 1500, keys=keys, where=where, within=1)[0].depth == 0
+
+
 def test_each_name_and_each_place_in_line_is_asked_for() -> None:
     asked: Counter[int] = Counter()
     for seed in range(90):

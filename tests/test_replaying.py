@@ -153,11 +153,10 @@ def test_the_library_is_prose_as_the_windows_of_the_geometry_read_it() -> None:
         assert torch.equal(ours.keys, theirs.keys) and torch.equal(ours.values, theirs.values)
 
 
-def test_a_text_that_tells_later_is_left_out_and_none_left_is_an_error() -> None:
-    some = replace(rows(), told=(4, B + 1))
-    assert some.told_within(B).told == (4,)
-    with pytest.raises(UserError, match="in its first 3 tokens"):
-        some.told_within(3)
+@pytest.mark.parametrize("late", [{"told": (4, B + 1)}, {"asked_from": (2 * B, B - 1)}])
+def test_a_text_that_tells_later_or_asks_earlier_is_refused(late: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match="tell all in their first 6 tokens"):
+        stepper(ReplayStepper, recipe(), Prose()).run(0, [replace(rows(), **late)])
 
 
 def test_a_run_that_goes_on_is_one_that_was_not_stopped(tmp_path: Path) -> None:

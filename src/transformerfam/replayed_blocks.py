@@ -5,7 +5,7 @@ See `replay` for what that is good for.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 
 import torch
@@ -40,43 +40,48 @@ class ReplayPass(TokenPass):
             fam, made = recurrence.run(fam)
             extra = recurrence.extra
         anchors = given.anchors(self.layer)
-        blocks = [block(j) for j in range(self.plan.blocks)]
-        tokens = self._led(before, blocks, anchors, made)
-        self.call.after[self.layer] = self._after(tokens, anchors, fam, extra)
+        tokens = KeyValue.cat(
+            [
+                *self._past(before, block),
+                anchors,
+                *self._fams(before, made),
+                self._begun(before, block),
+            ]
+        )
+        keys = self._with_anchors(tokens.keys, anchors.keys, moved=True)
+        after = KeyValue(keys, tokens.values)
+        self.call.after[self.layer] = self._after(after, anchors, fam, extra)
         return torch.zeros_like(query).transpose(1, 2)
 
-    def _led(
-        self,
-        before: LayerMemory,
-        blocks: Sequence[KeyValue],
-        anchors: KeyValue,
-        made: Sequence[KeyValue],
-    ) -> KeyValue:
-        """Keys and values of the memory after the call: [past | anchors | FAMs | begun block]."""
-        P, A, N, B = (
-            self.plan.past_length,
-            self.anchors,
-            self.config.fam_length,
-            self.config.block_size,
-        )
-        n = self.plan.finished[0]
-        old = before.tokens
-        past = [(old.cut(at, at + B), 0) for at in range(0, P, B)]
-        past += [(block, j) for j, block in enumerate(blocks[:n])]
-        fams = [(old.cut(at, at + N), 0) for at in range(P + A, P + A + self.fam_slots, N)]
-        fams += [(fam, j + 1) for j, fam in enumerate(made)]
-        kept = [
-            *(self._turned(piece, n - j) for piece, j in past[len(past) - P // B :]),
-            anchors,
-            *(
-                self._turned(piece, n - j)
-                for piece, j in fams[len(fams) - self.config.previous_fams :]
-            ),
+    # ---- the memory after the call
+
+    def _past(self, before: LayerMemory, block: Callable[[int], KeyValue]) -> list[KeyValue]:
+        """The newest blocks that are whole, as many as the windows keep."""
+        n, B = self.plan.finished[0], self.config.block_size
+        kept = self.plan.past_length // B
+        older = [before.tokens.cut(at * B, (at + 1) * B) for at in range(min(n, kept), kept)]
+        newer = range(max(0, n - kept), n)
+        return [
+            *(self._turned(piece, n) for piece in older),
+            *(self._turned(block(j), n - j) for j in newer),
         ]
-        begun = blocks[n] if n < len(blocks) else blocks[0].cut(0, 0)
-        kept.append(begun.map(lambda x: pad(x, (0, 0, 0, B - x.shape[2]))))
-        tokens = KeyValue.cat(kept)
-        return KeyValue(self._with_anchors(tokens.keys, anchors.keys, moved=True), tokens.values)
+
+    def _fams(self, before: LayerMemory, made: Sequence[KeyValue]) -> list[KeyValue]:
+        """The newest FAMs."""
+        n, N = self.plan.finished[0], self.config.fam_length
+        start = self.plan.past_length + self.anchors
+        old = [before.tokens.cut(at, at + N) for at in range(start, start + self.fam_slots, N)]
+        both = [
+            *(self._turned(piece, n) for piece in old),
+            *(self._turned(piece, n - 1 - j) for j, piece in enumerate(made)),
+        ]
+        return both[len(both) - self.config.previous_fams :]
+
+    def _begun(self, before: LayerMemory, block: Callable[[int], KeyValue]) -> KeyValue:
+        """What is given of the block behind the last whole one, and free slots."""
+        n, B = self.plan.finished[0], self.config.block_size
+        begun = block(n) if n < self.plan.blocks else before.tokens.cut(0, 0)
+        return begun.map(lambda x: pad(x, (0, 0, 0, B - x.shape[2])))
 
     def _turned(self, piece: KeyValue, blocks: int) -> KeyValue:
         """Keys in the frame that is so many blocks further on."""

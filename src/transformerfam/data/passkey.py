@@ -101,6 +101,7 @@ class PasskeyTexts:
             what is no answer these and the question are all that counts.
         asked: how many of the keys are asked for, one question behind the other. `where` and what is
             said of a sample are about the last of them.
+        within: all keys stand in the first so many tokens, and `where` is about those; 0: anywhere.
         chat: questions are put in the model's chat template, as `fam read --ask` does, and each
             answer is a sentence and the end of the turn; of several they make one conversation.
         seed: of the draws.
@@ -127,6 +128,7 @@ class PasskeyTexts:
         filler_share: float = 0.0,
         asked_prose: int = 0,
         asked: int = 1,
+        within: int = 0,
         chat: bool = False,
         seed: int = 0,
     ) -> None:
@@ -138,6 +140,7 @@ class PasskeyTexts:
         self.filler_share = filler_share
         self.asked_prose = asked_prose
         self.asked = asked
+        self.within = within
         self._turns = Turns(tokenizer) if chat else None
         self.seed = seed
         self._tokenizer = tokenizer
@@ -177,7 +180,7 @@ class PasskeyTexts:
         sentences = self._take(rng, max(0, length - fixed))
         # Tokens of filler up to each border between sentences.
         borders = [0, *itertools.accumulate(map(len, sentences))]
-        places = self._places(rng, borders, asked)
+        places = self._places(rng, self._within(borders, told), asked)
         ids, ends = list(self._beginning), [0] * self.keys
         for border in range(len(borders)):
             ids += sentences[border - 1] if border else []
@@ -251,6 +254,13 @@ class PasskeyTexts:
         """Sentences of `budget` tokens together; the last is cut if it must be."""
         start = 0 if self._filler.texts == DEFAULT_SENTENCES else rng.randrange(len(self._filler))
         return self._filler.take(start, budget)
+
+    def _within(self, borders: list[int], told: Sequence[Sequence[int]]) -> list[int]:
+        """The borders at which all keys may stand."""
+        if not self.within:
+            return borders
+        room = self.within - len(self._beginning) - sum(map(len, told))
+        return borders[: max(1, bisect.bisect_right(borders, room))]
 
     def _places(self, rng: random.Random, borders: list[int], asked: int) -> list[int]:
         """At which border between sentences each key stands."""

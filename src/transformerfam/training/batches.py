@@ -102,32 +102,21 @@ class Batch:
         read = self._cut(0, border) if border else None
         return read, self._cut(border, columns) if border < columns else None
 
-    def told_within(self, columns: int) -> Batch:
-        """The rows that tell all in their first `columns`, and ask behind them.
+    def check_told_within(self, columns: int) -> None:
+        """Refuse rows that do not tell all in their first columns, or ask before they are over.
 
         Raises:
-            UserError: no row does.
+            UserError: if there is one.
         """
-        rows = [
-            row
-            for row, told in enumerate(self.told)
-            if self.question[row] is not None and told <= columns <= self.asked_from[row]
-        ]
-        if not rows:
-            raise UserError(
-                f"No text of a batch tells all in its first {columns:,} tokens and asks behind them; "
-                "make texts some hundred tokens longer than that, or batches larger."
-            )
-        return Batch(
-            self.inputs[rows],
-            self.targets[rows],
-            self.weights[rows],
-            None if self.valid is None else self.valid[rows],
-            tuple(self.fresh[row] for row in rows),
-            tuple(self.asked_from[row] for row in rows),
-            tuple(self.told[row] for row in rows),
-            tuple(self.question[row] for row in rows),
-        )
+        for asked_from, told, question in zip(
+            self.asked_from, self.told, self.question, strict=True
+        ):
+            if question is None or not told <= columns <= asked_from:
+                raise UserError(
+                    f"replay.blocks is for texts that tell all in their first {columns:,} tokens and "
+                    f"ask behind them; one of {self.inputs.shape[1] + 1:,} tokens tells in {told:,} and "
+                    f"is asked from {asked_from:,} on. Make lengths some hundred more than a block."
+                )
 
     def questions(self, rows: Sequence[int], starts: Sequence[int | None] = ()) -> Batch:
         """What some rows ask, and how it goes on; filled up on the right.

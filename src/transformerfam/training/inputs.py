@@ -193,6 +193,7 @@ def _source(
         filler_share=settings.filler_share,
         asked_prose=settings.asked_prose,
         asked=settings.asked,
+        within=recipe.fam.block_size if recipe.replay.blocks else 0,
         chat=settings.chat,
         seed=seed,
     )

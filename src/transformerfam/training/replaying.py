@@ -12,7 +12,6 @@ That prose is not what would have been read behind the row's first block: it sto
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -161,15 +160,12 @@ class ReplayStepper(Stepper):
             reconfigure(self.base, drawn)
         return self._library
 
-    def _run(self, step: int, batches: Sequence[Batch]) -> float | None:
-        B = self.base.fam_config.block_size
-        return super()._run(step, [batch.told_within(B) for batch in batches])
-
     def _through(
         self, batch: Batch, memory: Memory, total: float, is_last: bool
     ) -> tuple[float, Memory]:
         settings, batch = self.recipe.replay, batch.to(self.accelerator.device)
         library, B = self.library, self.base.fam_config.block_size
+        batch.check_told_within(B)
         self._said = torch.zeros(2, len(batch.fresh), dtype=torch.bool)
         with evaluating(self.base), self.accelerator.autocast():
             (own,) = record(self.base, batch.inputs[:, :B], memory.fork())
