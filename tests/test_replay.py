@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -135,6 +136,25 @@ def test_blocks_of_several_texts_are_one_text_where_blocks_do_not_see_each_other
         replay(model, given([two[1], one[0], two[0]], 3 * B), led)
     text = torch.cat([IDS[1:, B : 2 * B], IDS[:1, :B], IDS[1:, :B]], dim=1)
     assert_same(led, read(model, text, Memory.for_model(model)))
+
+
+@pytest.mark.parametrize("family", ["Gemma 2", "Llama", "gpt-oss"])
+def test_what_all_streams_read_need_not_be_there_for_each(family: str) -> None:
+    """With scores that are capped (Gemma 2) and sinks that no key owns (gpt-oss) too."""
+    model = converted(CONFIG, family, torch.float32).eval()
+    apart, shared = Memory.for_model(model, 2), Memory.for_model(model, 2)
+    own = record(model, IDS[:, :B], Memory.for_model(model, 2))[0]
+    prose = record(model, IDS[:1], Memory.for_model(model))
+
+    def block(rows: int, layer: int, j: int) -> KeyValue:
+        read = prose[j].tokens[layer].cut(0, 3 if j == 4 else None)
+        return own.tokens[layer] if j == 1 else read.map(lambda x: x.expand(rows, -1, -1, -1))
+
+    columns = 4 * B + 3
+    for memory, rows in ((apart, 2), (shared, 1)):
+        with torch.no_grad():
+            replay(model, Given(columns, partial(block, rows), own.anchors.__getitem__), memory)
+    assert_same(shared, apart, atol=5e-5)
 
 
 def test_what_cannot_be_led_over_blocks_says_why() -> None:

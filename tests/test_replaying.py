@@ -80,7 +80,9 @@ def rows(count: int = 2) -> Batch:
 def written_out(text: Text, library: Library) -> Batch:
     """The same texts as tokens from beginning to end."""
     parts = [
-        text.rows.inputs[:, :B] if j == text.own else library.ids[text.prose(j, len(library))]
+        text.rows.inputs[:, :B]
+        if j == text.own
+        else library.ids[text.prose(j, len(library))].expand(len(text.rows.fresh), -1)
         for j in range(text.blocks + 1)
     ]
     parts[-1] = parts[-1][:, : text.begun]
@@ -133,7 +135,7 @@ def test_texts_are_drawn_anew_each_time_and_alike_when_repeated() -> None:
         one = stepper(ReplayStepper, recipe(replay={"times": 9}), Prose())
         one._step = step
         made = [one._text(rows(), time) for time in range(9)]
-        return [(t.own, t.blocks, t.begun, *t.places.tolist()) for t in made]
+        return [(t.own, t.blocks, t.begun, t.place) for t in made]
 
     assert texts(0) == texts(0) != texts(1)
     drawn = texts(0)

@@ -123,8 +123,7 @@ def attention_weights(
     scores = (shared @ k.transpose(-1, -2)).unflatten(
         2, (-1, L)
     ) * style.scaling  # (G, Hk, H/Hk, L, K)
-    if style.softcap is not None:
-        scores = style.softcap * torch.tanh(scores / style.softcap)
+    scores = _capped(scores, style)
     if mask is not None:
         scores = scores + mask.additive(scores.dtype)[:, None]
     if style.sink_logits is not None:
@@ -132,6 +131,52 @@ def attention_weights(
         scores = torch.cat([scores, logits.expand(len(scores), -1, -1, L, -1)], dim=-1)
     weights = scores.softmax(-1, dtype=torch.promote_types(q.dtype, torch.float32)).to(q.dtype)
     return weights[..., :K].flatten(1, 2)
+
+
+def attend_beside(
+    query: Tensor,
+    own: tuple[Tensor, Tensor],
+    shared: tuple[Tensor, Tensor],
+    style: AttentionStyle,
+) -> Tensor:
+    """`attend` over keys of each row's own and, behind them, keys that all rows share, without a mask.
+
+    The shared ones are not repeated: queries of all rows ask them together.
+
+    Args:
+        query: (G, H, L, D).
+        own: keys (G, Hk, N, D) and values (G, Hk, N, Dv).
+        shared: keys (1, Hk, K, D) and values (1, Hk, K, Dv).
+
+    Returns:
+        (G, H, L, Dv)
+    """
+    (own_keys, own_values), (keys, values) = own, shared
+    G, groups, N, L = len(query), own_keys.shape[1], own_keys.shape[2], query.shape[2]
+    asks = query.unflatten(1, (groups, -1)).flatten(2, 3)  # (G, Hk, H/Hk · L, D)
+
+    def together(x: Tensor) -> Tensor:
+        """(Hk, G · H/Hk · L, ..)"""
+        return x.transpose(0, 1).flatten(1, 2)
+
+    to_own = together(asks @ own_keys.transpose(-1, -2))
+    scores = torch.cat([to_own, together(asks) @ keys[0].transpose(-1, -2)], dim=-1)
+    scores = _capped(scores * style.scaling, style)
+    if style.sink_logits is not None:
+        logits = style.sink_logits.to(scores.dtype).view(groups, 1, -1, 1)
+        logits = logits.expand(-1, G, -1, L).flatten(1)[..., None]
+        scores = torch.cat([scores, logits], dim=-1)
+    weights = F.dropout(scores.softmax(-1), style.dropout)
+    of_own = weights[..., :N].unflatten(1, (G, -1)).transpose(0, 1) @ own_values
+    of_shared = weights[..., N : N + keys.shape[2]] @ values[0]
+    out = of_own + of_shared.unflatten(1, (G, -1)).transpose(0, 1)
+    return out.unflatten(2, (-1, L)).flatten(1, 2)
+
+
+def _capped(scores: Tensor, style: AttentionStyle) -> Tensor:
+    if style.softcap is None:
+        return scores
+    return style.softcap * torch.tanh(scores / style.softcap)
 
 
 def _eager(

@@ -105,7 +105,7 @@ class Given:
     Attributes:
         columns: T, whole blocks and maybe the beginning of one more.
         block: (layer, j) to keys, rotated in the frame of block j itself, and values of its tokens,
-            (R, Hk, B or less, D).
+            (R, Hk, B or less, D); or (1, Hk, ..) if all streams read the same.
         anchors: layer to those of the streams, see `Read`.
     """
 

@@ -13,7 +13,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from transformerfam.attention import AttentionStyle
+from transformerfam.attention import AttentionStyle, attend_beside
 from transformerfam.call import Call, Reenter, Written
 from transformerfam.indexing import members, merge, put, take, take_tables, unsqueeze
 from transformerfam.layer_memory import KeyValue
@@ -27,7 +27,7 @@ class Recurrence:
         call: the call.
         layer: index of the layer.
         reenter: runs rows through the layer.
-        blocks: keys and values of block j of the call, (R, Hk, B, D).
+        blocks: keys and values of block j of the call, (R, Hk, B, D), or (1, Hk, B, D) of all rows.
         extra: what the layer kept, see `FamConfig.extra_state`; after `run` what it is to keep.
         own_frames: keys of each block are rotated in its own frame, not all in that of the call.
 
@@ -146,7 +146,7 @@ class Recurrence:
                 made[blocks - 1] = made[blocks - 1].zip(newest, partial(_merged, rows))
 
     def _fam_pass(self, j: int, rows: Tensor | None) -> FamPass:
-        block = self.blocks(j).map(lambda x: take(x, rows))
+        block = self.blocks(j).map(lambda x: take(x, rows) if len(x) == self.plan.rows else x)
         key_tables = query_tables = take_tables(self._tables(j, j, block.keys), rows)
         if self.config.fam_query_position == "block_end":
             query_tables = take_tables(self._tables(j + 1, j, block.keys), rows)
@@ -233,6 +233,9 @@ class FamPass:
             query, key, value = self.given
         query = rotate(query, self.query_tables)
         self.own = KeyValue(rotate(key, self.key_tables), value)
+        if len(self.block.keys) < len(query):
+            own, shared = ((x.keys, x.values) for x in (self.own, self.block))
+            return attend_beside(query, own, shared, style).transpose(1, 2)
         seen = KeyValue.cat([self.own, self.block])
         return self.attend(query, seen.keys, seen.values, None, style).transpose(1, 2)
 

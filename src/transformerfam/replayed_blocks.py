@@ -31,7 +31,7 @@ class ReplayPass(TokenPass):
         given = self.call.given
         assert given is not None
         block = cache(lambda j: given.block(self.layer, j))
-        before = self._before(block(0))
+        before = self._before(self._of_each(block(0)))
         fam, extra, made = before.fam, before.extra, list[KeyValue]()
         if self.config.has_feedback:
             recurrence = Recurrence(
@@ -40,18 +40,21 @@ class ReplayPass(TokenPass):
             fam, made = recurrence.run(fam)
             extra = recurrence.extra
         anchors = given.anchors(self.layer)
-        tokens = KeyValue.cat(
-            [
-                *self._past(before, block),
-                anchors,
-                *self._fams(before, made),
-                self._begun(before, block),
-            ]
-        )
+        parts = [
+            *self._past(before, block),
+            anchors,
+            *self._fams(before, made),
+            self._begun(before, block),
+        ]
+        tokens = KeyValue.cat([self._of_each(part) for part in parts])
         keys = self._with_anchors(tokens.keys, anchors.keys, moved=True)
         after = KeyValue(keys, tokens.values)
         self.call.after[self.layer] = self._after(after, anchors, fam, extra)
         return torch.zeros_like(query).transpose(1, 2)
+
+    def _of_each(self, part: KeyValue) -> KeyValue:
+        """What streams share, for each of them."""
+        return part.map(lambda x: x.expand(self.plan.rows, -1, -1, -1))
 
     # ---- the memory after the call
 

@@ -87,9 +87,9 @@ class Library:
             kept.keys[places] = new.keys
             kept.values[places] = new.values
 
-    def block(self, layer: int, places: Tensor) -> KeyValue:
-        """Keys and values in a layer of the blocks at some places, (R,)."""
-        return self.tokens[layer].map(lambda x: x.index_select(0, places.to(x.device)))
+    def block(self, layer: int, place: int) -> KeyValue:
+        """Keys and values of a block in a layer, (1, Hk, B, D), as views."""
+        return self.tokens[layer].map(lambda x: x[place : place + 1])
 
 
 def _prose(source: Source, rng: random.Random, tokens: int) -> list[int]:
@@ -106,13 +106,15 @@ def _prose(source: Source, rng: random.Random, tokens: int) -> list[int]:
 class Text:
     """Texts of as many blocks: prose, the block of each row that tells, prose, and its question.
 
+    All rows have the same prose: what it leaves then need not be there for each of them.
+
     Attributes:
         rows: where they come from.
         asked: what is asked of each, and how it goes on.
         own: which block is the row's own.
         blocks: how many there are before the one in which it is asked.
         begun: tokens of that one, prose too, that are read before.
-        places: (R,) where in the library each row's prose begins.
+        place: where in the library the prose begins.
     """
 
     rows: Batch
@@ -120,15 +122,15 @@ class Text:
     own: int
     blocks: int
     begun: int
-    places: Tensor
+    place: int
 
-    def prose(self, block: int, count: int) -> Tensor:
-        """(R,) places of the prose of a block in a library of so many."""
-        return (self.places + block) % count
+    def prose(self, block: int, count: int) -> int:
+        """Place of the prose of a block in a library of so many."""
+        return (self.place + block) % count
 
     def tokens(self, block_size: int) -> int:
         """Of all rows, those that are asked among them."""
-        return len(self.places) * (self.blocks * block_size + self.begun) + self.asked.tokens
+        return len(self.rows.fresh) * (self.blocks * block_size + self.begun) + self.asked.tokens
 
 
 class ReplayStepper(Stepper):
@@ -192,8 +194,8 @@ class ReplayStepper(Stepper):
         before, behind = rng.choice(settings.before), rng.choice(settings.behind)
         asked = batch.questions(range(rows), batch.asked_from)
         begun = rng.randrange(max(1, self.base.fam_config.block_size - asked.inputs.shape[1]))
-        places = torch.tensor([rng.randrange(len(self.library)) for _ in range(rows)])
-        return Text(batch, asked, before, before + 1 + behind, begun, places)
+        place = rng.randrange(len(self.library))
+        return Text(batch, asked, before, before + 1 + behind, begun, place)
 
     def _replayed(
         self, text: Text, own: Recording, library: Library, memory: Memory
