@@ -14,6 +14,7 @@ from accelerate import Accelerator
 from families import some_tokens
 from test_adapted import with_adapter
 from test_steps import B, assert_same, gradients
+from test_training import checkpointed
 from torch import Tensor
 
 from transformerfam.data.examples import Example
@@ -105,11 +106,14 @@ def written_out(text: Text, library: Library) -> Batch:
     )
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("asked_blocks", [0, 9])
-def test_a_replayed_text_is_one_that_is_read(asked_blocks: int) -> None:
+def test_a_replayed_text_is_one_that_is_read(asked_blocks: int, checkpointing: bool) -> None:
     """Of blocks that do not see each other, so that it does not matter where they were read."""
     made = recipe(replay={"times": 3}, asked_blocks=asked_blocks)
     one, batch = stepper(ReplayStepper, made, Prose()), rows()
+    if checkpointing:
+        checkpointed(one.base)
     loss = one.run(5, [batch])
     ours = gradients(one.base)
     plain = stepper(Stepper, recipe(replay={"blocks": 0}, asked_blocks=asked_blocks))
@@ -187,7 +191,6 @@ def test_a_run_that_goes_on_is_one_that_was_not_stopped(tmp_path: Path) -> None:
         ({"fam": {"attention": "full"}}, "windows that end"),
         ({"data": {"begin_length": 8}}, "begin_length"),
         ({"feedback": {"state_passing": 0.5}}, "state_passing"),
-        ({"run": {"activation_checkpointing": True}}, "activation_checkpointing"),
         ({"replay": {"behind": []}}, "behind"),
         ({"replay": {"before": [-1]}}, "before"),
         ({"replay": {"times": 0}}, "times"),

@@ -42,7 +42,6 @@ def check_replay(recipe: Recipe) -> None:
         "feedback.diversity_weight": feedback.diversity_weight,
         "feedback.reconstruction_weight": feedback.reconstruction_weight,
         "run.cuda_graphs": recipe.run.cuda_graphs,
-        "run.activation_checkpointing": recipe.run.activation_checkpointing,
     }
     found = [name for name, is_set in wrong.items() if is_set]
     refuse_unless(
