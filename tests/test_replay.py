@@ -13,7 +13,7 @@ from test_adapted import with_adapter
 from variants import VARIANTS
 
 from transformerfam import FamConfig, Memory, convert
-from transformerfam.call import Given
+from transformerfam.call import ReadBefore
 from transformerfam.layer_memory import KeyValue
 from transformerfam.replay import Recording, record, replay
 
@@ -21,18 +21,19 @@ B = 6
 CONFIG = FamConfig(
     block_size=B, memory_segments=1, fam_length=3, sink_tokens=2, adapted="fam", fam_seen="asked"
 )
-IDS = some_tokens(2, 4 * B + 3)
+IDS = some_tokens(2, 5 * B)
+T = 4 * B + 3  # that are replayed at most
 QUESTION = some_tokens(2, 5, seed=1)
 
 
-def given(recordings: list[Recording], columns: int) -> Given:
+def given(recordings: list[Recording], columns: int) -> ReadBefore:
     """Blocks as they were read one behind the other, the last maybe no further than wanted."""
 
     def block(layer: int, j: int) -> KeyValue:
         return recordings[j].tokens[layer].cut(0, columns - j * B)
 
     last = recordings[(columns - 1) // B]
-    return Given(columns, block, last.anchors.__getitem__)
+    return ReadBefore(columns, block, last.anchors.__getitem__)
 
 
 def read(model: Any, ids: Any, memory: Memory) -> Memory:
@@ -59,7 +60,7 @@ REPLAYED = {
 }
 
 
-@pytest.mark.parametrize("columns", [4, B, 3 * B, 4 * B + 3])
+@pytest.mark.parametrize("columns", [4, B, 3 * B, T])
 @pytest.mark.parametrize("name", REPLAYED)
 def test_replayed_is_read(name: str, columns: int) -> None:
     model = convert(make_exact(tiny()), REPLAYED[name]).eval()
@@ -83,8 +84,8 @@ def test_replayed_is_read_in_every_family(family: str) -> None:
     whole, led = Memory.for_model(model, 2), Memory.for_model(model, 2)
     recordings = record(model, IDS, Memory.for_model(model, 2))
     with torch.no_grad():
-        read(model, IDS, whole)
-        replay(model, given(recordings, IDS.shape[1]), led)
+        read(model, IDS[:, :T], whole)
+        replay(model, given(recordings, T), led)
     assert_same(led, whole, atol=5e-5)
 
 
@@ -96,11 +97,11 @@ def test_a_memory_goes_on_from_what_was_read_and_with_the_fam_of_another() -> No
         if begins:
             whole.begin_with(fams)
             led.begin_with(fams)
-        read(model, IDS, whole)
+        read(model, IDS[:, :T], whole)
         recordings = record(model, IDS, Memory.for_model(model, 2))
         with torch.no_grad():
             replay(model, given(recordings[:2], 2 * B), led)
-            replay(model, given(recordings[2:], IDS.shape[1] - 2 * B), led)
+            replay(model, given(recordings[2:], T - 2 * B), led)
         assert_same(led, whole)
 
 
@@ -113,9 +114,9 @@ def test_fam_gets_the_gradient_of_a_text_that_is_read(segments: int) -> None:
     for replayed in (False, True):
         memory = Memory.for_model(base, 2)
         if replayed:
-            replay(base, given(recordings, IDS.shape[1]), memory)
+            replay(base, given(recordings, T), memory)
         else:
-            read(base, IDS, memory)
+            read(base, IDS[:, :T], memory)
         with memory.asked():
             base(input_ids=QUESTION, past_key_values=memory).logits.logsumexp(-1).sum().backward()
         found.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
@@ -138,6 +139,27 @@ def test_blocks_of_several_texts_are_one_text_where_blocks_do_not_see_each_other
     assert_same(led, read(model, text, Memory.for_model(model)))
 
 
+def test_streams_at_different_places_are_led_over_the_same_blocks() -> None:
+    """The second begins with the FAM of another, and is a block further on; what is read is one text."""
+    model = convert(make_exact(tiny()), CONFIG.replace(previous_fams=2)).eval()
+    later = read(model, IDS[:1, :B], Memory.for_model(model))
+    recordings = record(model, IDS[1:], Memory.for_model(model))
+
+    def led(rows: list[Memory]) -> list[Memory]:
+        for memory in rows:
+            with torch.no_grad():
+                replay(model, given(recordings, T), memory)
+        return rows
+
+    apart = led([Memory.for_model(model), later.fork()])
+    both = Memory.for_model(model, 2)
+    begun = later.select_rows([0, 0]).restart([True, False])
+    both.become(begun)
+    (both,) = led([both])
+    for row, memory in enumerate(apart):
+        assert_same(both.select_rows([row]), memory)
+
+
 @pytest.mark.parametrize("family", ["Gemma 2", "Llama", "gpt-oss"])
 def test_what_all_streams_read_need_not_be_there_for_each(family: str) -> None:
     """With scores that are capped (Gemma 2) and sinks that no key owns (gpt-oss) too."""
@@ -153,12 +175,16 @@ def test_what_all_streams_read_need_not_be_there_for_each(family: str) -> None:
     columns = 4 * B + 3
     for memory, rows in ((apart, 2), (shared, 1)):
         with torch.no_grad():
-            replay(model, Given(columns, partial(block, rows), own.anchors.__getitem__), memory)
+            replay(
+                model, ReadBefore(columns, partial(block, rows), own.anchors.__getitem__), memory
+            )
     assert_same(shared, apart, atol=5e-5)
 
 
 def test_what_cannot_be_led_over_blocks_says_why() -> None:
-    everything = Given(B, lambda layer, j: KeyValue(IDS, IDS), lambda layer: KeyValue(IDS, IDS))
+    everything = ReadBefore(
+        B, lambda layer, j: KeyValue(IDS, IDS), lambda layer: KeyValue(IDS, IDS)
+    )
     always = convert(tiny(), CONFIG.replace(fam_seen="always"))
     with pytest.raises(ValueError, match="do not see FAM"):
         replay(always, everything, Memory.for_model(always))
@@ -169,6 +195,10 @@ def test_what_cannot_be_led_over_blocks_says_why() -> None:
     inside = read(model, IDS[:, :4], Memory.for_model(model, 2))
     with pytest.raises(ValueError, match="start of a block"):
         replay(model, everything, inside)
+    with pytest.raises(ValueError, match="start of a block"):
+        record(model, IDS, inside)
+    with pytest.raises(ValueError, match="Only whole blocks of 6 tokens"):
+        record(model, IDS[:, :T], Memory.for_model(model, 2))
     full = convert(tiny(), CONFIG.replace(attention="full"))
     with pytest.raises(ValueError, match="windows that end"):
         replay(full, everything, Memory.for_model(full))

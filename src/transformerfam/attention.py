@@ -96,8 +96,8 @@ def attend(
         (G, H, L, Dv)
     """
     # SDPA knows no softcap and FlexAttention no dropout; the plain way knows all.
-    # FAM's few queries without a mask: on a CPU the fused kernel is slower there, most of all backward.
-    few = mask is None and query.device.type == "cpu"
+    # For few queries without a mask, FAM's, the fused kernel of CPUs is slower, most of all backward.
+    few = mask is None and query.device.type == "cpu" and 4 * query.shape[2] <= key.shape[2]
     if backend == "sdpa" and style.softcap is None and not few:
         return _sdpa(query, key, value, mask, style)
     if backend == "flex" and not style.dropout:

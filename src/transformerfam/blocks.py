@@ -68,8 +68,7 @@ class TokenPass:
             crossed, after = self._over_blocks(before, new, anchors)
             self._add_losses(crossed, query, style)
             seen = self._windows(crossed.tokens, crossed.fams, anchors)
-        if self.call.keep:
-            self.call.after[self.layer] = after
+        self.call.leave(self.layer, after)
         return self._attend(query, seen, style)
 
     def _rotated(self, tokens: Tensor) -> Tensor:
@@ -81,8 +80,7 @@ class TokenPass:
         before = self._before(new)
         anchors = self._gather_anchors(before, new)
         new = KeyValue(self._rotated(new.keys), new.values)
-        if self.call.observer is not None:
-            self.call.observer(Read(self.layer, anchors, new))
+        self.call.tell(Read(self.layer, anchors, new))
         return before, anchors, new
 
     def _before(self, new: KeyValue) -> LayerMemory:

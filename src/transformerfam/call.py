@@ -99,14 +99,14 @@ Observer = Callable[[Attended | Read | Written], None]
 
 
 @dataclass(frozen=True)
-class Given:
+class ReadBefore:
     """Tokens whose keys and values are known, so that no layer has to compute them (`replay`).
 
     Attributes:
         columns: T, whole blocks and maybe the beginning of one more.
         block: (layer, j) to keys, rotated in the frame of block j itself, and values of its tokens,
             (R, Hk, B or less, D); or (1, Hk, ..) if all streams read the same.
-        anchors: layer to those of the streams, see `Read`.
+        anchors: layer to those of the streams, see `Read`; (1, Hk, ..) too if they are alike.
     """
 
     columns: int
@@ -168,7 +168,7 @@ class Call:
         losses: FeedbackLosses | None = None,
         observer: Observer | None = None,
         asked: Tensor | None = None,
-        given: Given | None = None,
+        given: ReadBefore | None = None,
     ) -> None:
         self.config = config
         self.plan = plan
@@ -187,6 +187,7 @@ class Call:
         # Made from a tensor of this very call, so not `once`, which calls may share.
         self.asked_masks: dict[AttentionMask, AttentionMask] = {}
         self.after: list[LayerMemory | None] = [None] * len(before)
+        self._finished = False
         # rising[l]: the FAM input of layer l in block 0 (B.1), (R, N, d): the prompt rises once.
         self.rising: list[Tensor | None] = [None] * (len(before) + 1)
         if start is not None and config.fam_start == "prompt":
@@ -194,11 +195,29 @@ class Call:
         kept = _KEPT.get()
         self._cache: dict[Any, Any] = {} if kept is None else kept
 
-    def commit(self, memory: Memory) -> None:
-        """Advance `memory` to after the call."""
-        layers = [layer for layer in self.after if layer is not None]
-        assert len(layers) == len(self.after), "a layer did not run"
-        memory.advance(layers, self.plan.counts)
+    def finish(self, memory: Memory | None) -> None:
+        """Advance `memory`, if there is one, to after the call, and be silent from now on.
+
+        Layers that are computed again for their gradients (activation checkpointing) come to the call
+        once more; what they make then belongs to nobody, and must not be kept.
+        """
+        if memory is not None:
+            layers = [layer for layer in self.after if layer is not None]
+            assert len(layers) == len(self.after), "a layer did not run"
+            memory.advance(layers, self.plan.counts)
+        self.after = [None] * len(self.after)
+        self.observer = None
+        self._finished = True
+
+    def leave(self, layer: int, after: LayerMemory) -> None:
+        """A layer's memory after the call, if it is wanted."""
+        if self.keep and not self._finished:
+            self.after[layer] = after
+
+    def tell(self, seen: Attended | Read | Written) -> None:
+        """Let the observer know, if there is one."""
+        if self.observer is not None:
+            self.observer(seen)
 
     def attend(
         self,

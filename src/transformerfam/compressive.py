@@ -53,11 +53,9 @@ class CompressivePass(TokenPass):
             done = self._finishes(j, memory)
             memory = memory + done * pending
             pending = pending * ~done
-        if self.call.keep:
-            after = self.call.after[self.layer]
-            assert after is not None
+        if (after := self.call.after[self.layer]) is not None:
             extra = {"compressed": memory, "pending": pending}
-            self.call.after[self.layer] = replace(after, extra=extra)
+            self.call.leave(self.layer, replace(after, extra=extra))
         gate = self._gate(query)
         mixed = (1 - gate) * local + gate * self._from_grid(torch.stack(read, 1))
         return mixed.to(local.dtype)

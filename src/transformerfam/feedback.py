@@ -76,8 +76,7 @@ class Recurrence:
             fam = merge(fam, rows, updated)
             if self.call.losses is not None:
                 self.each.append(fam)
-            if self.call.observer is not None:
-                self.call.observer(Written(self.layer, j, fam))
+            self.call.tell(Written(self.layer, j, fam))
         if max(finished):
             self._project_last(fam, made)
         return fam, made

@@ -58,7 +58,8 @@ class FeedbackSegmentsPass(TokenPass):
                 segments.append(made.zip(unfinished, partial(self._placed, j)))
                 past = KeyValue.cat([past, segments[-1]]).cut(self.config.block_size, None)
         if self.call.keep:
-            self.call.after[self.layer] = self._state(KeyValue.cat(segments), own, anchors, before)
+            after = self._state(KeyValue.cat(segments), own, anchors, before)
+            self.call.leave(self.layer, after)
         return self._from_grid(torch.stack(read, 1))
 
     def _empty(self, new: KeyValue) -> LayerMemory:

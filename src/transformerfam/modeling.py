@@ -18,7 +18,7 @@ from transformers.generation import GenerationMixin
 from transformers.modeling_outputs import ModelOutput
 
 from transformerfam.auxiliary import FeedbackLosses
-from transformerfam.call import Call, Given, Observer
+from transformerfam.call import Call, Observer, ReadBefore
 from transformerfam.config import ADDED_MODULES, FamConfig
 from transformerfam.layer import ATTENTION_NAME, FamLayer, Picklable, mixed
 from transformerfam.memory import Memory
@@ -74,7 +74,7 @@ class FamDecoder(Picklable):
         fam_losses: FeedbackLosses | None = None,
         fam_observer: Observer | None = None,
         fam_asked: Tensor | None = None,
-        fam_given: Given | None = None,
+        fam_given: ReadBefore | None = None,
         **kwargs: Any,
     ) -> ModelOutput | tuple[Any, ...]:
         """Read new tokens, layer-major over all blocks of the call (section 3, docs/method.md).
@@ -116,8 +116,7 @@ class FamDecoder(Picklable):
             fam_call=call,
             **kwargs,
         )
-        if memory is not None:
-            call.commit(memory)
+        call.finish(memory)
         if self.training:
             output["last_hidden_state"] = output["last_hidden_state"] + self._nothing(call)
         output["past_key_values"] = memory
@@ -138,7 +137,7 @@ class FamDecoder(Picklable):
         losses: FeedbackLosses | None,
         observer: Observer | None,
         asked: Tensor | None,
-        given: Given | None,
+        given: ReadBefore | None,
     ) -> Call:
         rows, columns = inputs.shape[:2]
         if given is not None:

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from transformerfam.call import Attended, Given, Read, Written
+from transformerfam.call import Attended, Read, ReadBefore, Written
+from transformerfam.config import FamConfig
 from transformerfam.layer_memory import KeyValue
 from transformerfam.memory import Memory
 from transformerfam.modules import decoder_of
@@ -41,7 +42,16 @@ def record(model: Any, ids: Tensor, memory: Memory) -> list[Recording]:
         model: a TransformerFAM.
         ids: (R, n·B) token ids.
         memory: of R streams that stand at the start of a block; it is advanced.
+
+    Raises:
+        ValueError: as in `replay`, or if the ids are no whole blocks.
     """
+    _check(model.fam_config, memory)
+    if ids.shape[1] % model.fam_config.block_size:
+        raise ValueError(
+            f"Only whole blocks of {model.fam_config.block_size:,} tokens are recorded, and here are "
+            f"{ids.shape[1]:,} tokens."
+        )
     recordings = []
     for block in ids.split(model.fam_config.block_size, dim=1):
         heard = _Recorder()
@@ -65,7 +75,7 @@ class _Recorder:
             self.anchors.append(seen.anchors)
 
 
-def replay(model: Any, given: Given, memory: Memory, **options: Any) -> None:
+def replay(model: Any, given: ReadBefore, memory: Memory, **options: Any) -> None:
     """Lead a memory over tokens that were read before (algorithm 2 without the tokens' own layers).
 
     Gradients go through FAM, and through nothing else.
@@ -80,16 +90,7 @@ def replay(model: Any, given: Given, memory: Memory, **options: Any) -> None:
         ValueError: if tokens of this geometry see FAM, so that what they leave depends on it; if it has
             another kind of memory; or if the memory is inside a block.
     """
-    config = model.fam_config
-    if config.fam_seen != "asked" or memory.asking:
-        raise ValueError(
-            "Only tokens that do not see FAM can be taken into a memory without being read; take "
-            'fam_seen="asked", and replay outside of `memory.asked()`.'
-        )
-    if config.past_length is None or config.compressive_memory != "none":
-        raise ValueError("Only windows that end, and FAM, can be led over what was read before.")
-    if any(position % config.block_size for position in memory.position):
-        raise ValueError("Only at the start of a block can a memory take in what was read before.")
+    _check(model.fam_config, memory)
     decoder = decoder_of(model)
     embeddings = decoder.get_input_embeddings().weight
     # A layer is entered by one row of zeros for each stream, in the place of its tokens.
@@ -100,3 +101,15 @@ def replay(model: Any, given: Given, memory: Memory, **options: Any) -> None:
         fam_given=given,
         **options,
     )
+
+
+def _check(config: FamConfig, memory: Memory) -> None:
+    if config.fam_seen != "asked" or memory.asking:
+        raise ValueError(
+            "Only tokens that do not see FAM can be taken into a memory without being read; take "
+            'fam_seen="asked", and record and replay outside of `memory.asked()`.'
+        )
+    if config.past_length is None:
+        raise ValueError("Only windows that end can be led over what was read before.")
+    if any(position % config.block_size for position in memory.position):
+        raise ValueError("Only at the start of a block can a memory take in what was read before.")

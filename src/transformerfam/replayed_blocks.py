@@ -32,14 +32,11 @@ class ReplayPass(TokenPass):
         assert given is not None
         block = cache(lambda j: given.block(self.layer, j))
         before = self._before(self._of_each(block(0)))
-        fam, extra, made = before.fam, before.extra, list[KeyValue]()
-        if self.config.has_feedback:
-            recurrence = Recurrence(
-                self.call, self.layer, self.reenter, block, extra, own_frames=True
-            )
-            fam, made = recurrence.run(fam)
-            extra = recurrence.extra
-        anchors = given.anchors(self.layer)
+        recurrence = Recurrence(
+            self.call, self.layer, self.reenter, block, before.extra, own_frames=True
+        )
+        fam, made = recurrence.run(before.fam)
+        anchors = self._of_each(given.anchors(self.layer))
         parts = [
             *self._past(before, block),
             anchors,
@@ -49,8 +46,8 @@ class ReplayPass(TokenPass):
         tokens = KeyValue.cat([self._of_each(part) for part in parts])
         keys = self._with_anchors(tokens.keys, anchors.keys, moved=True)
         after = KeyValue(keys, tokens.values)
-        self.call.after[self.layer] = self._after(after, anchors, fam, extra)
-        return torch.zeros_like(query).transpose(1, 2)
+        self.call.leave(self.layer, self._after(after, anchors, fam, recurrence.extra))
+        return value.new_zeros(*query.shape[:3], value.shape[-1]).transpose(1, 2)
 
     def _of_each(self, part: KeyValue) -> KeyValue:
         """What streams share, for each of them."""

@@ -19,9 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from transformerfam.call import Given
+from transformerfam.call import ReadBefore
 from transformerfam.conversion import reconfigure
-from transformerfam.data.rows import Source
+from transformerfam.data.rows import Mixture, Source
 from transformerfam.errors import UserError
 from transformerfam.layer_memory import KeyValue
 from transformerfam.memory import Memory
@@ -94,11 +94,11 @@ class Library:
 
 def _prose(source: Source, rng: random.Random, tokens: int) -> list[int]:
     """So many tokens of what the sources hide things in."""
-    sources = getattr(source, "sources", [source])
-    makers = [s for s in sources if hasattr(s, "prose")]
-    if not makers:
-        raise UserError("replay.blocks needs a source of made-up texts, whose prose is read once.")
-    ids: list[int] = rng.choice(makers).prose(rng, tokens)
+    if isinstance(source, Mixture):
+        source = source.sources[source.place(rng.getrandbits(32))[0]]
+    if not hasattr(source, "prose"):
+        raise UserError("replay.blocks needs sources of made-up texts, whose prose is read once.")
+    ids: list[int] = source.prose(rng, tokens)
     return ids
 
 
@@ -106,11 +106,13 @@ def _prose(source: Source, rng: random.Random, tokens: int) -> list[int]:
 class Text:
     """Texts of as many blocks: prose, the block of each row that tells, prose, and its question.
 
-    All rows have the same prose: what it leaves then need not be there for each of them.
+    All rows have the same prose: what it leaves then need not be there for each of them. A question
+    that does not fit behind what is begun goes on in the next block, as any other.
 
     Attributes:
         rows: where they come from.
         asked: what is asked of each, and how it goes on.
+        time: which of the step's texts these are.
         own: which block is the row's own.
         blocks: how many there are before the one in which it is asked.
         begun: tokens of that one, prose too, that are read before.
@@ -119,6 +121,7 @@ class Text:
 
     rows: Batch
     asked: Batch
+    time: int
     own: int
     blocks: int
     begun: int
@@ -168,7 +171,6 @@ class ReplayStepper(Stepper):
         settings, batch = self.recipe.replay, batch.to(self.accelerator.device)
         library, B = self.library, self.base.fam_config.block_size
         batch.check_told_within(B)
-        self._said = torch.zeros(2, len(batch.fresh), dtype=torch.bool)
         with evaluating(self.base), self.accelerator.autocast():
             (own,) = record(self.base, batch.inputs[:, :B], memory.fork())
         summed = 0.0
@@ -182,20 +184,16 @@ class ReplayStepper(Stepper):
                 share = self.accelerator.num_processes / total / settings.times
                 self.accelerator.backward((loss + extra) * share)
             summed += float(loss.detach()) / settings.times
-        self._count()
         return summed, memory
 
     def _text(self, batch: Batch, time: int) -> Text:
-        """What is put around the own block of each row, drawn by step, time and rows."""
-        settings, rows = self.recipe.replay, len(batch.fresh)
-        rng = random.Random(
-            f"{self.recipe.run.seed}/replay/{self._step}/{time}/{int(batch.inputs.sum())}"
-        )
+        """What is put around the own blocks, alike for all rows of the step on all processes."""
+        settings, B = self.recipe.replay, self.base.fam_config.block_size
+        rng = random.Random(f"{self.recipe.run.seed}/replay/{self._step}/{time}")
         before, behind = rng.choice(settings.before), rng.choice(settings.behind)
-        asked = batch.questions(range(rows), batch.asked_from)
-        begun = rng.randrange(max(1, self.base.fam_config.block_size - asked.inputs.shape[1]))
-        place = rng.randrange(len(self.library))
-        return Text(batch, asked, before, before + 1 + behind, begun, place)
+        asked = batch.questions(range(len(batch.fresh)), batch.asked_from)
+        begun, place = rng.randrange(B), rng.randrange(len(self.library))
+        return Text(batch, asked, time, before, before + 1 + behind, begun, place)
 
     def _replayed(
         self, text: Text, own: Recording, library: Library, memory: Memory
@@ -212,8 +210,9 @@ class ReplayStepper(Stepper):
         written = FamAfterBlocks()
         often = {"fam_observer": written} if self.feedback.asked_blocks else {}
         columns = text.blocks * B + text.begun
-        replay(self.base, Given(columns, block, own.anchors.__getitem__), memory, **often)
+        replay(self.base, ReadBefore(columns, block, own.anchors.__getitem__), memory, **often)
         with memory.asked():
             summed = self._part_loss(text.asked, memory, {})
         told = tuple(text.own * B + n for n in text.rows.told)
-        return summed, self._asked_of_fam_alone(replace(text.rows, told=told), written)
+        rows = replace(text.rows, told=told)
+        return summed, self._asked_of_fam_alone(rows, written, text.time)

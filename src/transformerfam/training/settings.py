@@ -226,11 +226,7 @@ class FeedbackSettings:
 
 @dataclass(frozen=True)
 class ReplaySettings:
-    """Texts of blocks that were read once, for a memory whose tokens are read by weights that stay.
-
-    With `fam.adapted = "fam"` and `fam.fam_seen = "asked"`. Texts are to tell everything in their first
-    block and to ask behind it; a step reads that block, and puts blocks of prose before and behind it.
-    """
+    """Long texts of blocks that were read once, for an adapter of FAM alone (training.md)."""
 
     blocks: int = _setting(
         0,

@@ -35,7 +35,14 @@ def check_replay(recipe: Recipe) -> None:
         'replay.blocks puts prose around texts that are made up; take data.layout="single" and no '
         "source of files.",
     )
+    refuse_unless(
+        max(fam.anchor_positions, default=0) < fam.block_size,
+        "replay.blocks takes global tokens and sinks from the first block of a text; here are some that "
+        "stand further back.",
+    )
+    read = any(s.filler_share and not s.asked_prose for s in recipe.data.sources if s.share)
     wrong = {
+        "filler_share without asked_prose": read,
         "data.begin_length": recipe.data.begin_length,
         "feedback.bptt_blocks": feedback.bptt_blocks,
         "feedback.state_passing": feedback.state_passing,

@@ -244,7 +244,9 @@ class Stepper:
         summed = before + self._part_loss(rest, memory, {})
         return summed, self._asked_of_fam_alone(segment, written)
 
-    def _asked_of_fam_alone(self, segment: Batch, written: FamAfterBlocks) -> Tensor | float:
+    def _asked_of_fam_alone(
+        self, segment: Batch, written: FamAfterBlocks, time: int = 0
+    ) -> Tensor | float:
         """As `_loss`, of questions behind `asked_blocks` blocks of each row, in the mean over them.
 
         A text is read once, and teaches what FAM holds behind each block that it was asked behind.
@@ -255,7 +257,7 @@ class Stepper:
             for row, told in enumerate(segment.told)
             if segment.question[row] is not None
             for block in self._draw(
-                range(max(0, -(-told // B) - 1), written.blocks), segment.inputs[row]
+                range(max(0, -(-told // B) - 1), written.blocks), segment.inputs[row], time
             )
         ]
         if not drawn:
@@ -267,9 +269,10 @@ class Stepper:
             share = self._part_loss(asked, memory, {}, model=self.inner, counts_right=False)
         return share / self.feedback.asked_blocks
 
-    def _draw(self, blocks: range, text: Tensor) -> list[int]:
+    def _draw(self, blocks: range, text: Tensor, time: int) -> list[int]:
         """`asked_blocks` of them; the same ones whichever process has the text."""
-        rng = random.Random(f"{self.recipe.run.seed}/asked/{self._step}/{int(text.sum())}")
+        again = f"/{time}" if time else ""
+        rng = random.Random(f"{self.recipe.run.seed}/asked/{self._step}/{int(text.sum())}{again}")
         return rng.sample(blocks, min(self.feedback.asked_blocks, len(blocks)))
 
     def _part_loss(
