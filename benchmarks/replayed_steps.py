@@ -29,7 +29,7 @@ def recipe(adapter: str, rows: int, length: int, blocks: int) -> Recipe:
     """Keys at the start of texts of this length; with `blocks`, of texts that are replayed over them."""
     given = [f"model.adapter={adapter}", "model.dtype=bfloat16", "run.precision=bf16"]
     given += [f"data.batch_size={rows}", f"data.micro_batch_size={rows}", "data.length=100000"]
-    given += [f"replay.blocks={4 * bool(blocks)}", "replay.before=0", f"replay.behind={blocks}"]
+    given += [f"replay.blocks={4 if blocks else 0}", "replay.before=0", f"replay.behind={blocks}"]
     given += ["replay.times=3", "feedback.drawn_segments=0"]
     made = Recipe.load(find("smollm2-replay"), given)
     source = replace(made.data.sources[0], lengths=(length,))
@@ -47,7 +47,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--adapter", default="shipped", help="what to train on")
     parser.add_argument("--rows", type=int, default=4, help="texts of a step")
-    parser.add_argument("--blocks", type=int, default=5, help="blocks of 1,024 behind the first")
+    parser.add_argument("--blocks", type=int, default=5, help="blocks behind the first, from 1")
     parser.add_argument("--repeats", type=int, default=3, help="steps of each kind")
     options = parser.parse_args()
     ways: dict[str, tuple[Recipe, Any]] = {

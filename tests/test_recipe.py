@@ -327,6 +327,10 @@ TOGETHER: list[tuple[str, str]] = [
     ("feedback.bias_start=0", "needs a feedback.bias_start below fam.fam_bias=0.0"),
     ("run.steps=0", "run.steps must be at least 1"),
     ("run.minutes=-1", "run.minutes must be at least 0"),
+    (
+        "feedback.asked_blocks=2 fam.fam_seen=asked data.layout=single fam.fam_query=static",
+        "asks streams that begin with a FAM",
+    ),
     ("run.keep_checkpoints=0", "run.keep_checkpoints must be at least 1"),
     ("run.explode_at=0", "run.explode_at must be above 0"),
     ("probes.passkey_lengths=2,1", "in ascending order, not [2, 1]"),

@@ -14,12 +14,14 @@ from accelerate import Accelerator
 from families import some_tokens
 from test_adapted import with_adapter
 from test_steps import B, assert_same, gradients
+from test_text import TOKENIZERS
 from test_training import checkpointed
 from torch import Tensor
 
 from transformerfam.data.examples import Example
 from transformerfam.errors import UserError
 from transformerfam.training.batches import Batch
+from transformerfam.training.inputs import open_source
 from transformerfam.training.recipe import Recipe
 from transformerfam.training.replaying import Library, ReplayStepper, Text
 from transformerfam.training.steps import Stepper
@@ -204,6 +206,28 @@ def test_what_does_not_go_together_says_why(changes: dict[str, Any], named: str)
         table[section] = {**table[section], **values}
     with pytest.raises(UserError, match=named):
         Recipe.from_dict(table)
+
+
+@pytest.mark.parametrize(
+    ("source", "named"),
+    [
+        ({"lengths": [420]}, "Make lengths .* more"),
+        ({"lengths": [1900], "keys": 9, "asked": 9}, "fewer keys or larger blocks"),
+    ],
+)
+def test_sources_whose_texts_do_not_fit_are_refused_at_the_start(
+    source: dict[str, Any], named: str
+) -> None:
+    table = recipe(fam={"block_size": 400}).to_dict()
+
+    def opened(source: dict[str, Any]) -> Any:
+        sources = [{"kind": "passkey", "where": "anywhere", **source}]
+        data = {**table["data"], "length": 2000, "sources": sources}
+        return open_source(Recipe.from_dict({**table, "data": data}), TOKENIZERS["gpt2"])
+
+    opened({"lengths": [800]})
+    with pytest.raises(UserError, match=named):
+        opened(source)
 
 
 def test_a_source_without_prose_cannot_be_replayed() -> None:

@@ -38,6 +38,15 @@ _OF_SOME_PATTERNS: dict[str, Any] = {
     "summary_tokens": 0,
 }
 
+# Fields that need FAM, and what they are without.
+OF_FEEDBACK: dict[str, Any] = {
+    "feedback_norm": "none",
+    "previous_fams": 1,
+    "fam_bias": 0.0,
+    "recurrence": "layer",
+    "fam_seen": "always",
+}
+
 
 @dataclass(frozen=True)
 class FamConfig:
@@ -303,8 +312,7 @@ class FamConfig:
             dropped.update(_OF_SOME_PATTERNS, memory_source="input", compressive_memory="none")
         slots = changes.get("fam_length", self.fam_length)
         if slots == 0:
-            dropped.update(feedback_norm="none", previous_fams=1, fam_bias=0.0, recurrence="layer")
-            dropped.update(fam_seen="always")
+            dropped.update(OF_FEEDBACK)
         elif slots != self.fam_length and isinstance(self.feedback_norm, tuple):
             dropped.update(feedback_norm="none")
         if {**dropped, **changes}.get("feedback_norm", self.feedback_norm) != "rms":

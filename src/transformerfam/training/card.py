@@ -161,6 +161,10 @@ def _training(recipe: Recipe, facts: Mapping[str, Any]) -> str:
     rows.append(("rows of a step", f"{recipe.data.batch_size:,}"))
     if "tokens" in facts:
         rows.append(("tokens read", f"{facts['tokens']:,}"))
+    if recipe.replay.blocks and recipe.fam.has_feedback:
+        count, times = recipe.replay.blocks, recipe.replay.times
+        blocks = f"{count:,} blocks of prose, each text with {times} drawn parts of them"
+        rows.append(("replayed, and counted as read", blocks))
     if "seconds" in facts:
         rows.append(("duration", report.duration(facts["seconds"])))
     if facts.get("left_out"):

@@ -281,6 +281,11 @@ def _check_feedback(recipe: Recipe) -> None:
 def _check_asked(recipe: Recipe) -> None:
     feedback, fam = recipe.feedback, recipe.fam
     at_least(0, "feedback", feedback, ["asked_blocks"])
+    refuse_unless(
+        not feedback.asked_blocks or fam.fam_query != "static" or not fam.has_feedback,
+        'feedback.asked_blocks asks streams that begin with a FAM, and with fam.fam_query="static" none '
+        "can; leave one or the other out.",
+    )
     others = feedback.bptt_blocks or feedback.diversity_weight or feedback.reconstruction_weight
     alone = fam.fam_seen == "asked" and recipe.data.layout == "single" and not others
     refuse_unless(

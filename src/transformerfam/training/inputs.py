@@ -30,6 +30,9 @@ from transformerfam.training.probes import HeldOut, Passkey, Probe
 from transformerfam.training.recipe import Recipe
 from transformerfam.training.settings import SourceSettings
 
+_TRIED = 100  # texts, to see whether all fit
+_SPARE = 20  # tokens, for questions that are longer than those that were tried
+
 
 @dataclass
 class PasskeySource:
@@ -198,6 +201,8 @@ def _source(
         seed=seed,
     )
     _check_room(texts, f"data.sources.{place}.lengths")
+    if texts.within:
+        _check_within(texts, f"data.sources.{place}")
     longest = recipe.data.begin_length or None
     alike = settings.lengths_alike
     return PasskeySource(
@@ -211,6 +216,24 @@ def _check_room(texts: PasskeyTexts, key: str) -> None:
         raise UserError(
             f"{key} has {min(texts.lengths):,}, but such a text takes {texts.bare_length:,} "
             "tokens without any filler."
+        )
+
+
+def _check_within(texts: PasskeyTexts, key: str) -> None:
+    """Texts that are replayed tell all in their first block and ask behind it."""
+    examples = [texts.example(random.Random(n), min(texts.lengths)) for n in range(_TRIED)]
+    told = max(example.told for example in examples)
+    if told > texts.within:
+        raise UserError(
+            f"{key} tells in its first {told:,} tokens what replay.blocks needs in one block of "
+            f"{texts.within:,}; take fewer keys or larger blocks."
+        )
+    asked = min(example.asked_from for example in examples)
+    if asked < texts.within:
+        raise UserError(
+            f"{key}.lengths has {min(texts.lengths):,}, and such a text is asked from {asked:,} on; "
+            f"replay.blocks needs that behind a block of {texts.within:,}. Make lengths "
+            f"{texts.within - asked + _SPARE:,} more."
         )
 
 

@@ -12,7 +12,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from transformerfam.config import FamConfig
+from transformerfam.config import OF_FEEDBACK, FamConfig
 from transformerfam.errors import UserError
 from transformerfam.training import checks, values
 from transformerfam.training.settings import (
@@ -29,7 +29,7 @@ from transformerfam.training.settings import (
 
 _SOURCES = "sources"
 # Settings of a geometry that cannot be set without FAM.
-_OF_FAM = ("feedback_norm", "feedback_rms", "previous_fams", "fam_bias", "fam_seen", "adapted")
+_OF_FAM = (*OF_FEEDBACK, "feedback_rms", "adapted")
 
 
 @dataclass(frozen=True)
