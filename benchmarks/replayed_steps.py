@@ -59,11 +59,12 @@ def main() -> None:
     }
     model, tokenizer = adaptation.load_for_training(ways["read"][0])
     base, accelerator = adaptation.base_of(model), make_accelerator(ways["read"][0])
+    prepared = accelerator.prepare(model).train()
     steppers, batches = {}, {}
     for name, (made, kind) in ways.items():
         source = open_source(made, tokenizer)
         more = [source] if kind is ReplayStepper else []
-        steppers[name] = kind(accelerator, model, base, made, *more)
+        steppers[name] = kind(accelerator, prepared, base, made, *more)
         batches[name] = Batch.of([r.next() for r in row_readers(made, source, tokenizer)])
     taken: dict[str, list[tuple[float, int]]] = {name: [] for name in ways}
     for step in range(options.repeats + 1):  # the first warms up, and reads what is replayed
