@@ -60,7 +60,7 @@ class PasskeySource:
         return self.texts.example(random.Random(f"{self.texts.seed}/passkey/{number}"), length)
 
     def prose(self, rng: random.Random, tokens: int) -> list[int]:
-        """So many tokens of what things are hidden in, from a random place on."""
+        """So many tokens of what things are hidden in, as `PasskeyTexts` fills up with it."""
         return self.texts.prose(rng, tokens)
 
     def _lengths(self) -> Sequence[int]:
