@@ -231,10 +231,7 @@ class Call:
     ) -> Tensor:
         """`attention.attend` for a layer's tokens, or for the FAM queries that compress a block."""
         out = attend(query, key, value, mask, style, self.config.backend)
-        if self.observer is not None:
-            self.observer(
-                Attended(layer, block, self.plan, query, key, value, mask, style, output=out)
-            )
+        self.tell(Attended(layer, block, self.plan, query, key, value, mask, style, output=out))
         return out
 
     # ---- made once for all layers
