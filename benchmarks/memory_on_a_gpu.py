@@ -51,6 +51,7 @@ STAGES: tuple[tuple[str, float, int, tuple[int, ...], tuple[str, ...]], ...] = (
         (5300, 9400, 9400),
         (*LARGE, "data.length=16384", "optimizer.learning_rate=6e-4"),
     ),
+    ("smollm2-replay", 0.4, 32, (), ("data.micro_batch_size=16",)),
 )
 NAMES = [name for name, *_ in STAGES]
 ON_A_GPU = ("model.dtype=bfloat16", "run.precision=bf16", "run.checkpoint_every=50")

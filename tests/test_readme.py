@@ -114,7 +114,8 @@ def test_the_tree_is_there_and_whole() -> None:
     package = ROOT / "src" / "transformerfam"
     files = {p for p in package.rglob("*") if p.is_file() and "__pycache__" not in p.parts}
     files = {p for p in files if p.suffix != ".csv"}  # their folder is named
-    missing = sorted(str(p.relative_to(ROOT)) for p in (files | set(PAGES)) - set(named))
+    files |= {*PAGES, *(ROOT / "benchmarks").glob("*.py")}
+    missing = sorted(str(p.relative_to(ROOT)) for p in files - set(named))
     assert not missing, f"the tree lacks {', '.join(missing)}"
 
 

@@ -659,15 +659,21 @@ def test_what_held_on_real_data_is_judged_question_by_question(data: Path) -> No
         ([0.0] * 100, "did not hold: it does worse**: 0.000 against 0.500"),
     ):
         lines = answered("model", case, model) + windows
-        (said,) = results.held(groups, lines)
-        assert said.startswith(
-            "That the memory does better than its windows alone, GPT-3 Rank, mean over its tasks, **"
-        )
+        (said,) = results.held(groups, lines, "bswa")
+        claim = "That the memory does better than its windows alone (`bswa`), GPT-3 Rank"
+        assert said.startswith(f"{claim}, mean over its tasks, **")
         assert verdict in said
         assert said.endswith("asked 100 times.")
-    assert results.held(groups, windows) == []
+    assert results.held(groups, windows, "bswa") == []
+    # Sinks are no merit of a memory that has them: what it is judged against has them too.
+    assert results.held(groups, lines, "sinks") == []
     few = answered("model", case, [1.0] * 5) + answered("bswa", case, [0.0] * 5)
-    assert "is open**: 1.000 against 0.000" in results.held(groups, few)[0]
+    assert "is open**: 1.000 against 0.000" in results.held(groups, few, "bswa")[0]
+
+
+def test_a_memory_is_judged_against_windows_with_as_many_sinks() -> None:
+    assert results.windows_of(FamConfig(sink_tokens=4)) == "sinks"
+    assert results.windows_of(FamConfig(sink_tokens=0)) == "bswa"
 
 
 def test_tables_of_gpt3_have_means_over_tasks_whatever_their_questions(data: Path) -> None:
@@ -681,9 +687,9 @@ def test_tables_of_gpt3_have_means_over_tasks_whatever_their_questions(data: Pat
     (row,) = results._means(lines, [case, other], ["model", "bswa"])
     assert row == ["GPT-3 Rank mean", "accuracy", "0.750 ± 0.065", "–"]
     few = [*lines, *answered("bswa", other, [1.0] * 5)]
-    assert "is open" in results.held({"GPT-3's tasks": [case, other]}, few)[0]
+    assert "is open" in results.held({"GPT-3's tasks": [case, other]}, few, "bswa")[0]
     lines += answered("bswa", other, [1.0] * 100)
-    (said,) = results.held({"GPT-3's tasks": [case, other]}, lines)
+    (said,) = results.held({"GPT-3's tasks": [case, other]}, lines, "bswa")
     assert "**held**: 0.750 against 0.500, a difference of +0.250 ± 0.065" in said
 
 

@@ -284,7 +284,8 @@ def _results(name: str, args: argparse.Namespace, folder: Path, command: str) ->
         progress.update(f"{done:,}/{count:,}   {answers.named(asked.case)}, {asked.reader.name}")
     lines = evaluate.read_results(kept)[1]
     about = results.describe(model, args.adapter, Path(args.data))
-    return results.results_page(name, groups, lines, command, about, folder)
+    windows = results.windows_of(model.fam_config)
+    return results.results_page(name, groups, lines, command, about, folder, windows)
 
 
 def _found(name: str, args: argparse.Namespace, folder: Path) -> Found:

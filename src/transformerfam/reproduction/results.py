@@ -214,8 +214,12 @@ def results_page(
     command: str,
     about: str,
     folder: Path,
+    windows: str,
 ) -> Page:
-    """The page: a table for each group, a picture of what has a length or place; and the numbers."""
+    """The page: a table for each group, a picture of what has a length or place; and the numbers.
+
+    `windows`: the reader that the memory is judged against, see `windows_of`.
+    """
     title, _, tables = ITEMS[name]
     cases = [case for group in groups.values() for case in group]
     asked = {evaluate.case_key(case) for case in cases}
@@ -233,7 +237,7 @@ def results_page(
     present = {line["reader"] for line in lines}
     readers = [name for name in READERS_SHOWN if name in present]
     explained = "; ".join(f"`{name}`: {READERS_SHOWN[name]}" for name in readers)
-    if verdicts := held(groups, lines):
+    if verdicts := held(groups, lines, windows):
         page.lines += ["## What held here", "", *(f"- {line}" for line in verdicts), ""]
     page.lines += ["## Our numbers", "", f"Mean and standard error. {explained}.", ""]
     numbers = answers.summaries(lines, cases, readers)
@@ -246,18 +250,27 @@ def results_page(
     return page
 
 
-def held(groups: dict[str, list[Case]], lines: Sequence[evaluate.Line]) -> list[str]:
-    """A sentence on each claim: whether the model does better than its windows without feedback."""
+def windows_of(config: FamConfig) -> str:
+    """The reader with the windows of a memory and nothing else, so that its sinks prove nothing."""
+    return "sinks" if config.sink_tokens else "bswa"
+
+
+def held(groups: dict[str, list[Case]], lines: Sequence[evaluate.Line], windows: str) -> list[str]:
+    """A sentence on each claim: whether the model does better than the reader `windows`."""
     by_case = evaluate.grouped(lines)
     said = []
     for heading, cases in groups.items():
         for name, claimed in _claims(heading, cases).items():
-            both = [_both(by_case.get(evaluate.case_key(case), {}), case) for case in claimed]
+            found = [by_case.get(evaluate.case_key(case), {}) for case in claimed]
+            both = [
+                evaluate.paired(f.get("model", []), f.get(windows, []), case.metric)
+                for f, case in zip(found, claimed, strict=True)
+            ]
             if heading != _GPT3_HEADING:
                 both = [list(chain.from_iterable(both))]
             both = [each for each in both if evaluate.summarise(each, "difference")]
             if both:
-                said.append(_verdict(name, both))
+                said.append(_verdict(name, both, windows))
     return said
 
 
@@ -280,18 +293,13 @@ def _summary_row(case: Case) -> str:
     return f"GPT-3 {'Rank' if case.metric == 'accuracy' else 'Gen'}"  # all else is said
 
 
-def _both(found: dict[str, list[evaluate.Line]], case: Case) -> list[evaluate.Line]:
-    """The answers of the model and of its windows to a case, question by question."""
-    model, windows = (found.get(reader, []) for reader in READERS[:2])
-    return evaluate.paired(model, windows, case.metric)
-
-
-def _verdict(name: str, tasks: Sequence[Sequence[evaluate.Line]]) -> str:
+def _verdict(name: str, tasks: Sequence[Sequence[evaluate.Line]], windows: str) -> str:
     """Whether there is a difference: two standard errors are taken for one, from 6 questions each on.
 
     Args:
         name: of what is judged.
         tasks: lines of `evaluate.paired`, at least one, of each task that weighs the same.
+        windows: the reader that the model is judged against.
     """
     first, second, difference = (
         evaluate.mean_of_tasks([s for task in tasks if (s := evaluate.summarise(task, metric))])
@@ -303,9 +311,9 @@ def _verdict(name: str, tasks: Sequence[Sequence[evaluate.Line]]) -> str:
         verdict = "held" if difference.mean > 0 else "did not hold: it does worse"
     spread = "" if error is None else f" ± {error:.3f}"
     return (
-        f"That the memory does better than its windows alone, {name}, **{verdict}**: {first.mean:.3f} "
-        f"against {second.mean:.3f}, a difference of {difference.mean:+.3f}{spread}, asked "
-        f"{difference.count:,} times."
+        f"That the memory does better than its windows alone (`{windows}`), {name}, **{verdict}**: "
+        f"{first.mean:.3f} against {second.mean:.3f}, a difference of {difference.mean:+.3f}{spread}, "
+        f"asked {difference.count:,} times."
     )
 
 

@@ -40,9 +40,8 @@ def check_replay(recipe: Recipe) -> None:
         "replay.blocks takes global tokens and sinks from the first block of a text; here are some that "
         "stand further back.",
     )
-    read = any(s.filler_share and not s.asked_prose for s in recipe.data.sources if s.share)
     wrong = {
-        "filler_share without asked_prose": read,
+        "filler_share without asked_prose": _prose_counts(recipe),
         "data.begin_length": recipe.data.begin_length,
         "feedback.bptt_blocks": feedback.bptt_blocks,
         "feedback.state_passing": feedback.state_passing,
@@ -54,6 +53,11 @@ def check_replay(recipe: Recipe) -> None:
     refuse_unless(
         not found, f"replay.blocks does not go with {', '.join(found)}; leave one or the other out."
     )
+
+
+def _prose_counts(recipe: Recipe) -> bool:
+    """Whether prose is learned from that is only read, not asked."""
+    return any(s.filler_share and not s.asked_prose for s in recipe.data.sources if s.share)
 
 
 def check_recording(recipe: Recipe) -> None:
@@ -73,9 +77,8 @@ def check_recording(recipe: Recipe) -> None:
         f'fam.recurrence="{recipe.fam.recurrence}"': recipe.fam.through_stack,
     }
     if recipe.fam.fam_seen == "asked":
-        read = any(s.filler_share and not s.asked_prose for s in recipe.data.sources)
         wrong["feedback.bptt_blocks"] = feedback.bptt_blocks
-        wrong["filler_share without asked_prose"] = read
+        wrong["filler_share without asked_prose"] = _prose_counts(recipe)
         # Each length is a recording.
         wrong["lengths of a range"] = any(
             (len(s.lengths) == 2 and s.lengths_in_steps_of % recipe.fam.block_size)
