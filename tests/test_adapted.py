@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +61,34 @@ def test_fam_goes_through_the_adapted_layers_and_tokens_through_the_models_own()
         torch.testing.assert_close(fam[0], wanted, rtol=0, atol=1e-9)
     everywhere = with_adapter(CONFIG.replace(adapted="all"))(input_ids=IDS[:1]).logits[0]
     assert not torch.allclose(ours, everywhere, atol=1e-2)
+
+
+@torch.no_grad()
+def test_threads_share_a_model_and_its_adapter_of_fam() -> None:
+    model = with_adapter().base_model.model
+    texts = [some_tokens(1, 4 * B + n, seed=n) for n in range(4)]
+
+    def read(ids: Tensor) -> list[Tensor | None]:
+        memory = Memory.for_model(model)
+        with torch.no_grad():
+            for block in ids.split(B, dim=1):
+                model(input_ids=block, past_key_values=memory)
+        return memory.fams
+
+    expected = [read(ids) for ids in texts]
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(read, texts * 8))
+    for fams, wanted in zip(together, expected * 8, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(fams, wanted, strict=True))
+    assert read(texts[0])[0].equal(expected[0][0])
+
+
+def test_a_model_with_an_adapter_of_fam_can_be_copied_and_pickled() -> None:
+    model = with_adapter().base_model.model
+    with torch.no_grad():
+        expected = model(input_ids=IDS).logits
+        for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+            assert torch.equal(other(input_ids=IDS).logits, expected)
 
 
 def gradients(model: Any) -> dict[str, Tensor]:

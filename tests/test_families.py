@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -81,6 +82,25 @@ def test_a_familys_own_sliding_window_stays(family: str) -> None:
     assert not torch.allclose(expected, other, atol=1e-4)
     model = convert(narrow, FamConfig.paper(block_size=16, memory_segments=5, fam_length=0))
     torch.testing.assert_close(model(ids).logits, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("prefix", "needs"),
+    [
+        ("Phimoe", {"num_local_experts": 4, "num_experts_per_tok": 2}),
+        (
+            "Qwen2Moe",
+            {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+            | {"use_sliding_window": True, "max_window_layers": 3, "decoder_sparse_step": 1},
+        ),
+    ],
+)
+@torch.no_grad()
+def test_a_window_that_stands_in_the_mask_alone_stays(
+    prefix: str, needs: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(FAMILIES, prefix, (prefix, {"sliding_window": 20, **needs}))
+    test_a_familys_own_sliding_window_stays(prefix)
 
 
 def test_the_documentation_lists_these_families() -> None:

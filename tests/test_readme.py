@@ -59,7 +59,7 @@ def test_examples_run(
     assert re.search(r"^\d+ tokens, loss \d+\.\d\d$", shown, re.MULTILINE)
     assert " And then" in shown
     assert (tmp_path / "book.fam").is_file()
-    assert [(recipe.run.steps, recipe.run.output) for recipe in asked] == [(50, "out")]
+    assert [(r.run.output, r.data.sources[0].filler) for r in asked] == [("out-python", "book.txt")]
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "my-model-fam")
     assert is_transformerfam(again) and again.fam_config.fam_length == 64
 

@@ -5,8 +5,10 @@ Knows how transformers calls layers and attention; nothing of what a pass comput
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -56,9 +58,30 @@ def fam_attention(
     return attention_mask(query, key, value, style), None
 
 
+@dataclass(frozen=True)
+class FamilyMask:
+    """What matters of a family's own mask: the layer's window, which some name nowhere else."""
+
+    window: int
+
+    def around(self, tokens: AttentionPass) -> AttentionPass:
+        """`tokens`, told of the window if the layer does not tell of one itself."""
+
+        def attend(query: Tensor, key: Tensor, value: Tensor, style: AttentionStyle) -> Tensor:
+            window = self.window if style.sliding_window is None else style.sliding_window
+            return tokens(query, key, value, replace(style, sliding_window=window))
+
+        return attend
+
+
+def family_mask(*_: Any, local_size: int | None = None, **__: Any) -> FamilyMask | None:
+    """The mask function registered with transformers; masks are made by the plan of each call."""
+    return None if local_size is None else FamilyMask(local_size)
+
+
 AttentionInterface.register(ATTENTION_NAME, fam_attention)
-# Masks are made by the plan of each call; without this entry transformers drops padding masks.
-AttentionMaskInterface.register(ATTENTION_NAME, lambda *args, **kwargs: None)
+# Without this entry transformers drops padding masks.
+AttentionMaskInterface.register(ATTENTION_NAME, family_mask)
 
 
 def _mix(mixin: Any, base: Any) -> Any:
@@ -107,13 +130,13 @@ class FamLayer(Picklable):
             raise RuntimeError("A layer of a TransformerFAM was called outside of its decoder.")
         plain = super().forward  # type: ignore[misc]  # of the family's layer
         kwargs.update(past_key_values=None, use_cache=False)
-        fams_own = _adapters_of_fam(self, fam_call)
+        is_fams_own = _is_fams_own(self, fam_call)
 
         def reenter(rows: Tensor, attention: AttentionPass) -> Tensor:
             # Past the checkpointing wrapper and past forward hooks: part of the same forward.
             own = {name: _for_rows(name, value, rows) for name, value in kwargs.items()}
             own["attention_mask"] = attention
-            with _nothing_recorded(), _switched_off(fams_own):
+            with _nothing_recorded(), _passing(tokens=False):
                 out = plain(rows, *args, **own)
             return out[0] if isinstance(out, tuple) else out
 
@@ -124,30 +147,46 @@ class FamLayer(Picklable):
         else:
             kind = _token_pass(fam_call)
             tokens = kind(fam_call, self.fam_index, hidden_states, reenter)
-        own = {**kwargs, "attention_mask": tokens}
-        with _switched_off(dict.fromkeys(fams_own, True)):
-            return plain(hidden_states, *args, **own)
+        mask = kwargs.get("attention_mask")
+        attend = mask.around(tokens) if isinstance(mask, FamilyMask) else tokens
+        with _passing(tokens=is_fams_own):
+            return plain(hidden_states, *args, **{**kwargs, "attention_mask": attend})
 
 
-def _adapters_of_fam(layer: Any, call: Call | SegmentCall | Probe) -> dict[Any, bool]:
-    """Modules of PEFT that are to change FAM alone, and whether each is switched off now."""
-    if not isinstance(call, Call) or call.config.adapted == "all":
-        return {}
-    # PEFT's public switch would also take the gradient from the adapter's parameters.
-    return {module: module._disable_adapters for module in adapted_modules(layer)}
+_tokens_pass: ContextVar[bool] = ContextVar("tokens_pass", default=False)
+
+
+class AdapterOfFam(Picklable):
+    """A module of PEFT whose adapter is FAM's alone: when tokens pass it is as if switched off.
+
+    Mixed in before PEFT's own class. Not by the module's own switch: threads share a model.
+    """
+
+    @property
+    def disable_adapters(self) -> bool:
+        """Whether the adapter adds nothing now; read by PEFT's forward."""
+        return _tokens_pass.get() or super().disable_adapters  # type: ignore[misc]  # PEFT's
 
 
 @contextmanager
-def _switched_off(adapters: Mapping[Any, bool]) -> Iterator[None]:
-    """Modules of PEFT switched off, where True, and on, where False, meanwhile."""
-    before = {module: module._disable_adapters for module in adapters}
-    for module, is_off in adapters.items():
-        module._disable_adapters = is_off
+def _passing(*, tokens: bool) -> Iterator[None]:
+    """Tell adapters that are FAM's alone who passes meanwhile: tokens, or FAM."""
+    before = _tokens_pass.set(tokens)
     try:
         yield
     finally:
-        for module, was_off in before.items():
-            module._disable_adapters = was_off
+        _tokens_pass.reset(before)
+
+
+def _is_fams_own(layer: Any, call: Call | SegmentCall | Probe) -> bool:
+    """Whether adapters in a layer are to change FAM alone; they then heed who passes."""
+    if not isinstance(call, Call) or call.config.adapted == "all":
+        return False
+    for module in adapted_modules(layer):
+        kind = type(module)
+        if not issubclass(kind, AdapterOfFam):
+            module.__class__ = mixed(AdapterOfFam, kind)
+    return True
 
 
 def _token_pass(call: Call) -> type[TokenPass]:

@@ -23,8 +23,8 @@ examples:
   fam inspect book.txt --adapter out --layers 3,9,20 --tokens 4096 --output look.html
   fam inspect book.txt --figure maps.png     also draws figure 11
 
-The page is one file and needs no network. The default model has no feedback memory of its own; here
-it gets that of figure 11, untrained: --block-size 256 --memory-segments 1 --fam-length 8.
+The page is one file and needs no network. Without --adapter the default model gets an untrained
+memory, that of figure 11: --block-size 256 --memory-segments 1 --fam-length 8.
 """
 
 # Figure 11 of the paper shows blocks of 256 and 8 slots.

@@ -79,7 +79,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--compare",
         action="store_true",
         help="read the same text with full attention, with windows, with and without sinks, and "
-        "with the feedback memory, side by side",
+        "with the feedback memory, side by side; a memory that is seen only when asked, such as that "
+        "of the default model, reads as its windows with sinks do (--no-adapter: an untrained one)",
     )
     parser.add_argument(
         "--full-limit",

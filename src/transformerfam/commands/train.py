@@ -25,7 +25,7 @@ _TRIED_ROWS = 32
 
 EPILOG = """\
 examples:
-  fam train passkey --output passkey-adapter
+  fam train smollm2-passkey data.sources.0.filler=book.txt --output passkey-adapter
   fam train my.toml optimizer.learning_rate=1e-4 data.sources.0.path=texts.jsonl --dry-run
   fam train my.toml --resume
   accelerate launch -m transformerfam train my.toml

@@ -182,8 +182,9 @@ class FeedbackSettings:
     )
     asked_blocks: int = _setting(
         0,
-        'with `fam_seen = "asked"`: behind so many blocks of a text that is made up, drawn from those '
-        "by which all is told, its question is asked of FAM alone, besides at its end",
+        'with `fam_seen = "asked"`: ask the question of a text that is made up after so many of its '
+        "blocks too, with FAM alone in view; the blocks are drawn from those by which everything has "
+        "been told",
     )
     state_passing: float = _setting(
         0.0, "probability that a step starts from the FAM of the step before (random state passing)"
@@ -248,8 +249,7 @@ class RunSettings:
     steps: int = _setting(1000, "steps of the optimizer")
     minutes: float = _setting(
         0.0,
-        "end as after the last step once training has taken so long in all, for a machine that is there "
-        "for a while; 0: only after the last step",
+        "end, as after the last step, once training has taken so many minutes in all; 0: no limit",
     )
     seed: int = _setting(0, "of everything random: data, new weights, state passing")
     precision: Literal["fp32", "bf16"] = _setting("fp32", "of the computation (autocast)")
