@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 from variants import VARIANTS
 
-from transformerfam import FamConfig, Memory
+from transformerfam import FamConfig, Memory, stream
 
 B = 6
 PAPER = VARIANTS["paper"]
@@ -411,6 +411,40 @@ def test_a_memory_needs_rows_and_layers_and_cannot_unread(model: PreTrainedModel
     memory.crop(0)
     with pytest.raises(ValueError, match=r"cannot unread tokens; keep a memory.fork\(\)"):
         memory.crop(1)
+
+
+def test_of_a_row_that_begins_anew_nothing_is_foretold(model: PreTrainedModel) -> None:
+    memory = Memory.for_model(model)
+    list(stream.read(model, [3, 4, 5], memory))
+    again = memory.restart([True])
+    (chunk,) = stream.read(model, [5, 6, 7], again)
+    assert chunk.scored == 2  # the first token is given
+    assert memory.position == (3,)
+    with pytest.raises(ValueError, match="a mark for each of 1 rows, not 2"):
+        memory.restart([True, False])
+
+
+@torch.no_grad()
+def test_a_memory_that_was_passed_can_begin_anew_before_it_has_read(
+    model: PreTrainedModel,
+) -> None:
+    ids = some_tokens(2, 2 * B + 1)
+    _, other = read(model, some_tokens(1, 2 * B))
+    passed = Memory.for_model(model, 2)
+    passed.begin_with([fam for fam in other.fams if fam is not None])
+    anew, alone = passed.restart([True, True]), passed.restart([True, False])
+    assert anew.passed == (False, False) and anew.passed_fams is None
+    assert torch.equal(read(model, ids, anew)[0], read(model, ids)[0])
+    said, both = read(model, ids, alone)[0], read(model, ids, passed.restart([False, False]))[0]
+    close(said[:1], read(model, ids[:1])[0])
+    close(said[1:], both[1:])
+
+
+def test_rows_are_taken_by_number_not_by_marks(model: PreTrainedModel) -> None:
+    memory = Memory.for_model(model, 2)
+    for marks in ([False, True], torch.tensor([True, False])):
+        with pytest.raises(ValueError, match="takes the numbers of rows"):
+            memory.select_rows(marks)
 
 
 def test_a_reset_memory_is_a_new_one(model: PreTrainedModel) -> None:

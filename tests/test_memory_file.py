@@ -6,6 +6,7 @@ import copy
 import errno
 import json
 import os
+import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from variants import VARIANTS
 
-from transformerfam import FamConfig, Memory, MemoryFileError, memory_file
+from transformerfam import FamConfig, Memory, MemoryFileError, memory_file, reconfigure
 
 B = 6
 CONFIG = FamConfig.paper(block_size=B, memory_segments=1, fam_length=3, sink_tokens=2)
@@ -233,7 +234,7 @@ def rewritten(path: Path, **changes: str | None) -> None:
 def test_another_version_is_refused_by_its_number(model: PreTrainedModel, saved: Path) -> None:
     rewritten(saved, version="7")
     message = refusal(lambda: Memory.load(saved, model))
-    assert "format 7" in message and "reads format 1" in message
+    assert "format 7" in message and "reads format 2" in message
 
 
 def test_a_geometry_of_a_later_version_is_refused(model: PreTrainedModel, saved: Path) -> None:
@@ -320,6 +321,30 @@ def test_an_adapter_that_is_switched_on_or_off_is_noticed(tmp_path: Path) -> Non
     refusal(lambda: Memory.load(path, model))
 
 
+def test_the_scale_of_an_adapter_is_noticed(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+
+    def scaled(alpha: int) -> Any:
+        torch.manual_seed(0)
+        lora = peft.LoraConfig(
+            target_modules="all-linear", lora_alpha=alpha, init_lora_weights=False
+        )
+        return peft.get_peft_model(build(), lora)
+
+    path, model = tmp_path / "m.fam", scaled(2)
+    read(model, some_tokens(1, B)).save(path, model)
+    refusal(lambda: Memory.load(path, scaled(64)))
+
+
+def test_windows_go_on_from_windows_whatever_else_the_model_has(tmp_path: Path) -> None:
+    """A prompt that nothing reads is no part of what a model computes."""
+    had_fam, windows = build(), CONFIG.without_feedback()
+    reconfigure(had_fam, windows)
+    path = tmp_path / "m.fam"
+    read(had_fam, some_tokens(1, B)).save(path, had_fam)
+    assert Memory.load(path, build(config=windows)).position == (B,)
+
+
 def test_a_file_of_weights_is_no_memory(model: PreTrainedModel, tmp_path: Path) -> None:
     for metadata in (None, {"format": "pt"}):
         save_file({"weight": torch.zeros(3)}, tmp_path / "w.safetensors", metadata=metadata)
@@ -393,6 +418,20 @@ def test_a_failed_save_leaves_the_file_that_was_there_and_nothing_else(
                 memory.save(path, model)
     assert saved.read_bytes() == before
     assert [p.name for p in saved.parent.iterdir()] == [saved.name]
+
+
+def test_who_may_read_a_memory_may_read_what_takes_its_place(
+    model: PreTrainedModel, saved: Path
+) -> None:
+    usual = os.umask(0o027)
+    try:
+        read(model, some_tokens(1, 3)).save(saved.with_name("new.fam"), model)
+    finally:
+        os.umask(usual)
+    assert stat.S_IMODE(saved.with_name("new.fam").stat().st_mode) == 0o640
+    saved.chmod(0o600)
+    read(model, some_tokens(1, 3)).save(saved, model)
+    assert stat.S_IMODE(saved.stat().st_mode) == 0o600
 
 
 def test_places_that_cannot_be_written(model: PreTrainedModel, tmp_path: Path) -> None:

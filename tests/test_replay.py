@@ -156,10 +156,7 @@ def test_streams_at_different_places_are_led_over_the_same_blocks() -> None:
         return rows
 
     apart = led([Memory.for_model(model), later.fork()])
-    both = Memory.for_model(model, 2)
-    begun = later.select_rows([0, 0]).restart([True, False])
-    both.become(begun)
-    (both,) = led([both])
+    (both,) = led([later.select_rows([0, 0]).restart([True, False])])
     for row, memory in enumerate(apart):
         assert_same(both.select_rows([row]), memory)
 

@@ -185,10 +185,18 @@ class Memory(Cache):
             self.asking = before
 
     def restart(self, rows: Sequence[bool]) -> Memory:
-        """A memory in which the rows marked True begin a new stream, and the others go on."""
-        if not any(rows) or not self.is_initialized:
-            return self
+        """A new memory in which the rows marked True begin a new stream, and the others go on.
+
+        What comes next is then not known of all rows: `next_logits` is None.
+
+        Raises:
+            ValueError: if there is not one mark for each row.
+        """
+        if len(rows) != self.rows:
+            raise ValueError(f"restart needs a mark for each of {self.rows} rows, not {len(rows)}.")
         stays = [not new for new in rows]
+        if all(stays):
+            return self.fork()
 
         def kept(t: Tensor) -> Tensor:
             mask = torch.tensor(stays, device=t.device).view(-1, *(1,) * (t.dim() - 1))
@@ -196,15 +204,26 @@ class Memory(Cache):
 
         position = tuple(p * s for p, s in zip(self.position, stays, strict=True))
         passed = tuple(p and s for p, s in zip(self.passed, stays, strict=True))
-        return self._mapped(kept, position, passed)
+        new = self._mapped(kept, position, passed)
+        new.next_logits = None
+        if not any(passed):
+            new.passed_fams = None
+        return new
 
     def fork(self) -> Memory:
         """A copy that goes its own way."""
         return self._mapped(Tensor.clone, self.position, self.passed)
 
     def select_rows(self, indices: Sequence[int] | Tensor) -> Memory:
-        """A new memory of the given rows, in that order; a row may come several times."""
-        index = torch.as_tensor(indices, dtype=torch.long)
+        """A new memory of the given rows, by number, in that order; a row may come several times.
+
+        Raises:
+            ValueError: for marks instead of numbers.
+        """
+        index = torch.as_tensor(indices)
+        if index.dtype == torch.bool:
+            raise ValueError("select_rows takes the numbers of rows, not a mark for each.")
+        index = index.long()
         return self._mapped(
             lambda t: t.index_select(0, index.to(t.device)),
             tuple(self.position[r] for r in index.tolist()),
@@ -250,8 +269,8 @@ class Memory(Cache):
 
         return put_back
 
-    def become(self, other: Memory) -> None:
-        """Take over the state of another memory of the same geometry."""
+    def _become(self, other: Memory) -> None:
+        """Take over the state of another memory of the same geometry, which nobody else has."""
         self.position = other.position
         self.layers_memory = other.layers_memory
         self.next_logits, self.written = other.next_logits, other.written
@@ -315,19 +334,19 @@ class Memory(Cache):
     def reset(self) -> None:
         """Forget everything."""
         self.asking = False
-        self.become(Memory(self.config, self.rows, len(self.layers_memory)))
+        self._become(Memory(self.config, self.rows, len(self.layers_memory)))
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Row r becomes what row beam_idx[r] was (beam search)."""
-        self.become(self.select_rows(beam_idx))
+        self._become(self.select_rows(beam_idx))
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep the given rows."""
-        self.become(self.select_rows(indices))
+        self._become(self.select_rows(indices))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Each row `repeats` times in a row."""
-        self.become(self.select_rows(torch.arange(self.rows).repeat_interleave(repeats)))
+        self._become(self.select_rows(torch.arange(self.rows).repeat_interleave(repeats)))
 
     def crop(self, tokens_to_remove: int) -> None:
         """Refused unless there is nothing to remove."""

@@ -23,12 +23,13 @@ from transformerfam.config import ADDED_MODULES, FamConfig
 from transformerfam.files import whole_file
 from transformerfam.layer_memory import LayerMemory
 from transformerfam.memory import Memory
+from transformerfam.modules import is_adapted
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 FORMAT = "transformerfam memory"
-VERSION = 1
+VERSION = 2
 _FINGERPRINT_SAMPLES = 64
 # Names of the configuration's entries that change what a model computes.
 _COMPUTES = re.compile(r"eps|rope|scal|multiplier|softcap|window|layer_types|_act|experts|norm")
@@ -43,7 +44,8 @@ def fingerprint(model: PreTrainedModel) -> str:
 
     Takes names, shapes and types, the sum of the bits of each parameter and buffer and
     `_FINGERPRINT_SAMPLES` of its values, the numbers of the configuration that enter the computation,
-    and which adapters are active. One pass over the weights, so any changed weight changes it.
+    and which adapters are active, with their scale. One pass over the weights, so any changed weight
+    changes it.
     """
     model = model.get_base_model() if hasattr(model, "get_base_model") else model
     digest = hashlib.sha256()
@@ -59,8 +61,10 @@ def fingerprint(model: PreTrainedModel) -> str:
     settings = {key: values[key] for key in sorted(values) if _COMPUTES.search(key)}
     digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
     for name, module in model.named_modules():
-        if hasattr(module, "disable_adapters"):
-            digest.update(f"{name} {module.active_adapters} {module.disable_adapters}".encode())
+        if is_adapted(module):
+            scales = sorted(getattr(module, "scaling", {}).items())
+            active = sorted(module.active_adapters), bool(module.disable_adapters)
+            digest.update(f"{name} {active} {scales}".encode())
     return digest.hexdigest()
 
 

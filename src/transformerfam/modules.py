@@ -28,9 +28,14 @@ def layers_of(decoder: Any) -> list[nn.Module]:
     return [] if layers is None else list(layers)
 
 
+def is_adapted(module: nn.Module) -> bool:
+    """Whether PEFT has put a module in the place of another, to change what it computes."""
+    return hasattr(module, "_disable_adapters")
+
+
 def adapted_modules(module: nn.Module) -> list[Any]:
-    """The modules inside that PEFT has put in the place of others, to change what they compute."""
-    return [m for m in module.modules() if hasattr(m, "_disable_adapters")]
+    """The modules inside that PEFT has put in the place of others."""
+    return [m for m in module.modules() if is_adapted(m)]
 
 
 def trained_for_fam(decoder: Any) -> list[Tensor]:
