@@ -22,11 +22,11 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "negative sinks": ({"sink_tokens": -1}, "sink_tokens .* at least 0"),
     "negative global": (
         {"attention": "longformer", "global_positions": (-1,)},
-        "global_positions are positions",
+        "global_positions must be positions",
     ),
     "half a global": (
         {"attention": "longformer", "global_positions": (0.5,)},
-        "global_positions are positions",
+        "global_positions must be positions",
     ),
     "unknown pattern": (
         {"attention": "local"},
@@ -130,6 +130,22 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"attention": "sparse", "block_size": 4, "fam_length": 0, "summary_tokens": 5},
         "summary_tokens=5 must fit into a block",
     ),
+    "half a token of window": (
+        {"attention": "swa", "window": 9.5},
+        "window must be a whole number or None, not 9.5",
+    ),
+    "a window in words": ({"attention": "swa", "window": "3"}, "window must be a whole number"),
+    "gradients in words": (
+        {"stop_gradient": "no"},
+        "stop_gradient must be True or False, not 'no'",
+    ),
+    "no norm at all": ({"feedback_norm": None}, "feedback_norm must be 'none', 'rms', a number"),
+    "norms in words": ({"fam_length": 1, "feedback_norm": ["1"]}, "feedback_norm must be 'none'"),
+    "one position": (
+        {"attention": "longformer", "global_positions": 5},
+        "global_positions must be",
+    ),
+    "a yes for a bias": ({"fam_bias": True}, "fam_bias must be a finite number, not True"),
     "more slots than positions": (
         {"block_size": 4, "fam_length": 5},
         "fam_length can be at most block_size",

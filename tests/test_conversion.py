@@ -382,6 +382,26 @@ def test_embeddings_are_as_good_as_ids_and_positions_are_ignored() -> None:
         assert torch.equal(logits(model, position_ids=positions), expected)
 
 
+def test_texts_that_are_packed_into_a_row_are_refused_and_padding_is_not() -> None:
+    model = convert(tiny(), CONFIG)
+    packed = torch.cat([torch.arange(LENGTH // 2), torch.arange(LENGTH - LENGTH // 2)])[None]
+    with pytest.raises(ValueError, match=r"begin anew within a row.*give each text a row"):
+        model(IDS, position_ids=packed.expand(2, -1))
+    mask = torch.ones(2, LENGTH)
+    mask[1, :4] = 0
+    padded = (mask.long().cumsum(1) - 1).masked_fill(mask == 0, 1)
+    model(IDS, attention_mask=mask, position_ids=padded)
+
+
+def test_a_prompt_is_not_taken_for_a_prefix_of_as_many_rows() -> None:
+    layers = len(converted(CONFIG).model.layers)
+    prompt = CONFIG.replace(fam_length=layers)
+    prefix = CONFIG.replace(fam_length=1, fam_start="prefix")
+    model = reconfigure(converted(prompt), prefix, seed=3)
+    expected = reconfigure(converted(CONFIG.without_feedback()), prefix, seed=3)
+    assert torch.equal(model.model.fam_prompt.weight, expected.model.fam_prompt.weight)
+
+
 def test_a_mask_counts_by_its_last_columns() -> None:
     model = convert(tiny(), CONFIG)
     expected, mask = logits(model), torch.ones(2, LENGTH)

@@ -271,6 +271,15 @@ def test_an_adapter_brings_its_geometry_and_prompt(
     assert not torch.allclose(logits(load(str(plain), FAM)[0]), expected, atol=1e-2)
 
 
+def test_a_tilde_is_the_home_folder(
+    plain: Path, adapter: tuple[Path, torch.Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, expected = adapter
+    monkeypatch.setenv("HOME", str(folder.parent))
+    for model, _ in (load(f"~/{folder.name}"), load(str(plain), adapter=f"~/{folder.name}")):
+        torch.testing.assert_close(logits(model), expected, atol=1e-4, rtol=1e-4)
+
+
 def test_training_may_go_on_from_the_shipped_adapter(
     plain: Path, shipped_logits: torch.Tensor
 ) -> None:
@@ -302,6 +311,9 @@ def test_an_adapter_says_what_it_lacks(plain: Path, adapter: tuple[Path, torch.T
         load(str(folder))
     (folder / ADAPTER_FAM_CONFIG).write_text("{")
     with pytest.raises(ModelError, match=f"{ADAPTER_FAM_CONFIG} is no JSON file"):
+        load(str(folder))
+    (folder / ADAPTER_FAM_CONFIG).write_text('{"global_positions": 5}')
+    with pytest.raises(ModelError, match=f"{ADAPTER_FAM_CONFIG} is no geometry: global_positions"):
         load(str(folder))
     (folder / ADAPTER_FAM_CONFIG).unlink()
     with pytest.raises(ModelError, match=f"has no {ADAPTER_FAM_CONFIG}; give the configuration"):

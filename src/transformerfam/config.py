@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal
 
-from transformerfam.config_checks import check
+from transformerfam.config_checks import check, check_types
 
 AttentionPattern = Literal["full", "swa", "bswa", "xl", "longformer", "bigbird", "sparse"]
 FamPosition = Literal["last", "float", "zero"]
@@ -138,6 +138,7 @@ class FamConfig:
     backend: Backend = "sdpa"
 
     def __post_init__(self) -> None:
+        check_types(self)
         # Lists come from JSON; a frozen value holds tuples.
         object.__setattr__(self, "global_positions", tuple(sorted(set(self.global_positions))))
         if isinstance(self.feedback_norm, (list, tuple)):

@@ -35,6 +35,38 @@ def _choices() -> dict[str, tuple[str, ...]]:
     return {name: get_args(hints[name]) for name in _CHOICES}
 
 
+def check_types(config: FamConfig) -> None:
+    """Raise ValueError for a value of a kind that its field does not take."""
+    norm, window = config.feedback_norm, config.window
+    norms = norm if isinstance(norm, (list, tuple)) else (norm,)
+    kinds = {
+        "window": (window is None or _is_whole(window), "a whole number or None"),
+        "stop_gradient": (isinstance(config.stop_gradient, bool), "True or False"),
+        "global_positions": (
+            isinstance(config.global_positions, (list, tuple, set, frozenset))
+            and all(_is_whole(g) and g >= 0 for g in config.global_positions),
+            "positions in the stream: whole numbers from 0",
+        ),
+        "feedback_norm": (
+            isinstance(norm, str) or all(_is_number(n) for n in norms),
+            "'none', 'rms', a number, or one number for each slot",
+        ),
+        "feedback_rms": (_is_number(config.feedback_rms), "a number above 0"),
+        "fam_bias": (_is_number(config.fam_bias), "a finite number"),
+    }
+    for name, (fits, wanted) in kinds.items():
+        if not fits:
+            raise ValueError(f"{name} must be {wanted}, not {getattr(config, name)!r}.")
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
 def check(config: FamConfig) -> None:
     """Raise ValueError for a combination that cannot work."""
     _check_numbers(config)
@@ -57,12 +89,10 @@ def _check_numbers(config: FamConfig) -> None:
     }
     for name, smallest in least.items():
         value = getattr(config, name)
-        if not isinstance(value, int) or isinstance(value, bool) or value < smallest:
+        if not _is_whole(value) or value < smallest:
             raise ValueError(
                 f"{name} must be a whole number of at least {smallest}, not {value!r}."
             )
-    if any(not isinstance(g, int) or g < 0 for g in config.global_positions):
-        raise ValueError("global_positions are positions in the stream: whole numbers from 0.")
 
 
 def _check_choices(config: FamConfig) -> None:
@@ -124,11 +154,11 @@ def _check_feedback(config: FamConfig) -> None:
             f"feedback_norm has {len(norm)} numbers for {config.fam_length} feedback slots; "
             "give one for each, or a single number."
         )
-    if not isinstance(config.feedback_rms, (int, float)) or not 0 < config.feedback_rms < math.inf:
+    if not 0 < config.feedback_rms < math.inf:
         raise ValueError(f"feedback_rms must be a number above 0, not {config.feedback_rms!r}.")
     if config.feedback_rms != 1 and norm != "rms":
         raise ValueError("feedback_rms is what feedback_norm='rms' rescales to; set both.")
-    if not isinstance(config.fam_bias, (int, float)) or not math.isfinite(config.fam_bias):
+    if not math.isfinite(config.fam_bias):
         raise ValueError(f"fam_bias must be a finite number, not {config.fam_bias!r}.")
     looks = config.fam_bias or config.fam_seen != "always"
     if not config.has_feedback and (config.previous_fams > 1 or norm != "none" or looks):

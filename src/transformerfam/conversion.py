@@ -185,16 +185,18 @@ def reconfigure(
     prompt: PromptStart = "start",
     seed: int = 0,
 ) -> PreTrainedModel:
-    """Change the geometry of a TransformerFAM in place. Gates and a prompt of its length are kept.
+    """Change the geometry of a TransformerFAM in place. Gates and a prompt that fits are kept.
 
     Memories made before do not fit a model of another geometry.
     """
     if not is_transformerfam(model):
         return convert(model, config, prompt=prompt, seed=seed)
-    decoder = decoder_of(model)
+    decoder, before = decoder_of(model), model.fam_config
     model.config.fam = config.to_dict()
     kept, rows = decoder._modules.get("fam_prompt"), config.prompt_rows(len(layers_of(decoder)))
-    if config.has_feedback and (kept is None or kept.weight.shape[0] != rows):
+    # A prompt may have as many rows as a prefix.
+    fits = not before.has_feedback or before.fam_start == config.fam_start
+    if config.has_feedback and (kept is None or kept.weight.shape[0] != rows or not fits):
         add_prompt(model)
         initialise_prompt(model, prompt, seed)
     add_gates(model)

@@ -30,7 +30,7 @@ from transformerfam.modules import (
     layers_of,
     trained_for_fam,
 )
-from transformerfam.plan import CallPlan, check_asked, valid_columns
+from transformerfam.plan import CallPlan, check_asked, check_one_text, valid_columns
 from transformerfam.probe import find_rotaries
 from transformerfam.recurrent import SegmentCall, Segments
 from transformerfam.rotary import Rotary
@@ -83,7 +83,8 @@ class FamDecoder(Picklable):
             input_ids, inputs_embeds: (R, T) or (R, T, d), new tokens of R streams.
             attention_mask: (R, T) or longer, of which the last T columns count: 0 for padding, which
                 does not enter the stream.
-            position_ids: ignored; where a token stands follows from the memory.
+            position_ids: where a token stands follows from the memory; refused if they begin anew
+                within a row, which is how several texts are packed into one.
             past_key_values: the streams' memory, advanced in place once the call has succeeded.
             use_cache: whether to make a memory if none is given.
             fam_losses: takes the auxiliary losses of the call.
@@ -98,6 +99,7 @@ class FamDecoder(Picklable):
                 "Nothing to read: give input_ids or inputs_embeds of at least one token."
             )
         self._check_call(past_key_values, inputs, fam_losses, fam_observer)
+        check_one_text(position_ids, attention_mask)
         config, memory = self.fam_config, past_key_values
         if use_cache is None:
             use_cache = bool(getattr(self.config, "use_cache", True))

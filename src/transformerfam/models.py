@@ -110,6 +110,7 @@ def load(
     from transformerfam.conversion import is_transformerfam
 
     register()
+    name_or_path, adapter = _expanded(name_or_path), adapter and _expanded(adapter)
     if adapter is None and (Path(name_or_path) / "adapter_config.json").is_file():
         name_or_path, adapter = _adapted_model(name_or_path), name_or_path
     elif adapter is not None:
@@ -155,6 +156,11 @@ def skeleton(name: str) -> Any:
         return AutoModelForCausalLM.from_config(_stored_config(name))
 
 
+def _expanded(name: str) -> str:
+    """A name with the `~` of a folder in full."""
+    return str(Path(name).expanduser()) if name.startswith("~") else name
+
+
 def _shaped(model: Any, config: FamConfig) -> Any:
     """`model` with this geometry, whether it was a TransformerFAM before or not."""
     from transformerfam.conversion import convert, is_transformerfam, reconfigure
@@ -171,7 +177,7 @@ def _load_stored(name: str, dtype: Any) -> tuple[Any, PreTrainedTokenizerBase]:
     """A model and its tokenizer; a TransformerFAM only if it was saved as one."""
     if name == EMBEDDED:
         return _from_pretrained(str(embedded_folder()), dtype)
-    path = Path(name).expanduser()
+    path = Path(name)
     if path.suffix == ".gguf":
         if not path.is_file():
             raise ModelError(f"There is no file {name}.")
@@ -322,7 +328,10 @@ def _adapter_config(adapter: str, otherwise: FamConfig | None) -> FamConfig:
             f"The adapter {adapter} has no {ADAPTER_FAM_CONFIG}; give the configuration that it "
             "was trained with."
         )
-    return FamConfig.from_dict(_json_values(file))
+    try:
+        return FamConfig.from_dict(_json_values(file))
+    except ValueError as error:
+        raise ModelError(f"{file} is no geometry: {error}") from error
 
 
 def _saved_modules(adapter: str) -> list[str]:

@@ -298,6 +298,24 @@ def valid_columns(attention_mask: Tensor | None, rows: int, columns: int) -> Ten
     return None if bool(valid.all()) else valid
 
 
+def check_one_text(position_ids: Tensor | None, attention_mask: Tensor | None) -> None:
+    """Refuse rows in which positions begin anew: texts packed one behind the other, without padding."""
+    if position_ids is None or position_ids.dim() != 2 or position_ids.shape[1] < 2:
+        return
+    if torch.compiler.is_compiling():
+        return  # nothing is looked at while a graph is made
+    falls = position_ids[:, 1:] < position_ids[:, :-1]
+    if attention_mask is not None and attention_mask.dim() == 2:
+        tokens = attention_mask[:, -position_ids.shape[1] :].bool()
+        if tokens.shape[1] == position_ids.shape[1]:
+            falls = falls & tokens[:, 1:] & tokens[:, :-1]
+    if bool(falls.any()):
+        raise ValueError(
+            "The position_ids begin anew within a row, as if several texts were packed into it, and a "
+            "row of a TransformerFAM is one stream; give each text a row, or read on without them."
+        )
+
+
 def check_asked(asked: Tensor | None, rows: int, columns: int) -> None:
     """Refuse what does not say of each token whether it is asked."""
     if asked is not None and (asked.shape != (rows, columns) or asked.dtype != torch.bool):
