@@ -197,6 +197,9 @@ def test_mistakes_are_told_in_one_sentence(
     refused(told(book, *INSPECT, "--figure", str(tmp_path / "maps.gif")), "maps.gif")
     refused(told(book, *INSPECT, "--figure", str(tmp_path / "no" / "maps.png")), "no folder")
     refused(fam("inspect", book, "--output", str(tmp_path)), "is a folder")
+    before = Path(book).read_bytes()
+    refused(fam("inspect", book, "--output", book), "FILE and --output", "different files")
+    assert Path(book).read_bytes() == before
     code, _, err = told(book, "--layers", "first")
     assert code == 2 and "must be numbers with commas, or all" in err
     assert not out.exists()

@@ -17,10 +17,11 @@ from test_text import PROSE
 
 from transformerfam import cli, models
 from transformerfam.commands._compare import RangeLosses
-from transformerfam.commands.read import EPILOG
+from transformerfam.commands.read import EPILOG, Reading
 from transformerfam.config import FamConfig
 from transformerfam.conversion import twin
 from transformerfam.memory import Memory
+from transformerfam.memory_file import MemoryFileError
 from transformerfam.stream import read
 from transformerfam.text import TokenIds
 
@@ -242,6 +243,38 @@ def test_a_twin_shares_the_weights_and_nothing_else() -> None:
     own = dict(model.named_parameters())
     more = {name for name, p in other.named_parameters() if own.get(name) is not p}
     assert more == {"model.fam_prompt.weight"}
+
+
+def test_what_was_read_is_told_though_the_memory_cannot_be_saved(
+    fam: Run, book: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise MemoryFileError("Cannot write the memory: no space left.")
+
+    monkeypatch.setattr("transformerfam.memory_file.save_memory", full)
+    saved = str(tmp_path / "book.fam")
+    code, out, err = fam("read", book, "--ask", "Who?", "--max-new-tokens", "3", "--save", saved)
+    assert code == 2 and "no space left" in err
+    assert "loss" in out and "> Who?" in out and "saved" not in out
+
+
+def test_the_share_that_was_read_is_of_what_there_was_to_read(
+    fam: Run, book: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved = str(tmp_path / "book.fam")
+    fam("read", book, "--save", saved, "--max-tokens", "100")
+    shares: list[float | None] = []
+    share = Reading._share
+
+    def noted(reading: Reading, ids: TokenIds) -> float | None:
+        shares.append(share(reading, ids))
+        return shares[-1]
+
+    monkeypatch.setattr(Reading, "_share", noted)
+    monkeypatch.setattr("transformerfam.stream._CHUNK_TOKENS", 32)
+    fam("read", book, "--load", saved, "--continue")
+    # Nothing of what was read before is in it; a tokenizer reads some bytes ahead.
+    assert shares[0] is not None and shares[0] < 0.5 and shares[-1] == pytest.approx(1)
 
 
 # ---- Ctrl-C and long pipes

@@ -83,6 +83,18 @@ def test_in_a_log_lines_come_now_and_then() -> None:
     assert log.getvalue() == "step 0\na remark\n"
 
 
+def test_a_run_goes_on_when_nobody_reads_how_far_it_is() -> None:
+    class Gone(io.StringIO):
+        def write(self, text: str) -> int:
+            raise BrokenPipeError
+
+    for stream in (Gone(), type("GoneTerminal", (Gone, Terminal), {})()):
+        progress = report.Progress(stream=stream)
+        progress.update("a", now=True)
+        progress.note("b")
+        progress.clear()
+
+
 def test_quiet_is_quiet() -> None:
     for stream in (io.StringIO(), Terminal()):
         progress = report.Progress(stream=stream, quiet=True)

@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 import json
+import signal
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from command_line import Run, loaded, refused
+
+from transformerfam import cli, stream
+from transformerfam.commands.chat import Chat
+from transformerfam.errors import UserError
+from transformerfam.turns import Turns
 
 
 def test_generate_writes_the_continuation(fam: Run, folder: str, tmp_path: Path) -> None:
@@ -91,20 +99,92 @@ def test_a_saved_conversation_goes_on_where_it_stopped(fam: Run, tmp_path: Path)
     refused(fam("chat", *options, "--continue"), "--load")
 
 
-@pytest.mark.parametrize("line", ["Who?", None])
-def test_chat_saves_at_the_prompt_but_no_half_read_turn(
-    fam: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: str | None
+@pytest.mark.parametrize("error", [KeyboardInterrupt, BrokenPipeError])
+def test_whatever_ends_a_chat_the_turns_before_are_saved(
+    fam: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: type[BaseException]
 ) -> None:
-    saved = tmp_path / "talk.fam"
+    """Ctrl-C for the second time in the middle of a turn; or nobody reads what is said."""
+    talk, cut = tmp_path / "talk.fam", tmp_path / "cut.fam"
+    options = ("--temperature", "0", "--max-new-tokens", "5")
+    fam("chat", *options, "--save", str(talk), stdin="Who?\n")
+    whole, turns = Chat._turn, []
 
-    def interrupt(*_: object, **__: object) -> None:
-        raise KeyboardInterrupt
+    def turn(chat: Chat, text: str) -> None:
+        turns.append(text)
+        if len(turns) == 2:
+            monkeypatch.setattr("transformerfam.stream._advance", broken(error, after=1))
+        whole(chat, text)
 
-    if line is None:  # Ctrl-C while waiting for a turn
-        monkeypatch.setattr("transformerfam.commands.chat.Chat._line", interrupt)
-    else:  # the second Ctrl-C while the model works
-        monkeypatch.setattr("transformerfam.stream._advance", interrupt)
-    code, _, err = fam("chat", "--save", str(saved), stdin=f"{line}\n")
-    assert code == 130
-    assert saved.exists() == (line is None)
-    assert ("saved" in err) and ("nothing was saved" in err) == (line is not None)
+    monkeypatch.setattr(Chat, "_turn", turn)
+    code, _, err = fam("chat", *options, "--save", str(cut), stdin="Who?\nWhy?\n")
+    assert code == (130 if error is KeyboardInterrupt else 141)
+    assert "saved" in err and turns == ["Who?", "Why?"]
+    expected, found = (json.loads(fam("info", str(p), "--json")[1]) for p in (talk, cut))
+    assert found["position"] == expected["position"]
+
+
+def broken(error: type[BaseException], after: int) -> Callable[..., Any]:
+    """`stream._advance` for some calls, and then an error."""
+    calls = iter(range(after))
+
+    def advance(*args: Any, **options: Any) -> Any:
+        if next(calls, None) is None:
+            raise error
+        return whole(*args, **options)
+
+    whole = stream._advance
+    return advance
+
+
+def test_a_turn_that_is_refused_is_none_and_the_conversation_goes_on(
+    fam: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = ("--temperature", "0", "--max-new-tokens", "5")
+    expected = fam("chat", *options, stdin="Who?\nWhy?\n")[1]
+    opening = Turns.opening
+
+    def refusing(turns: Turns, text: str, **which: bool) -> list[int]:
+        if text == "no":
+            raise UserError("The chat template of this model refuses this: no.")
+        return opening(turns, text, **which)
+
+    monkeypatch.setattr(Turns, "opening", refusing)
+    code, out, err = fam("chat", *options, stdin="Who?\nno\nWhy?\n")
+    assert (code, out) == (0, expected)
+    assert "refuses this: no." in err
+
+
+def test_bytes_that_are_no_text_are_no_accident(
+    fam: Run, book: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bad = "caf\udce9"  # how Python gives a byte of the command line that is not UTF-8
+    for argv in (["generate", bad], ["read", book, "--ask", bad], ["chat", "--system", bad]):
+        assert cli.main(argv) == 2
+        assert "is not UTF-8" in capsys.readouterr().err
+
+
+def test_nobody_reads_and_the_memory_is_saved(
+    fam: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved = tmp_path / "made.fam"
+    monkeypatch.setattr("transformerfam.stream._advance", broken(BrokenPipeError, after=3))
+    options = ("--temperature", "0", "--max-new-tokens", "12", "--save", str(saved))
+    assert fam("generate", "The harbour", *options)[0] == 141
+    assert saved.exists()
+
+
+def test_ctrl_c_in_the_prompt_makes_nothing_up(
+    fam: Run, book: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved, advance = tmp_path / "made.fam", stream._advance
+
+    def interrupted(*args: Any, **options: Any) -> Any:
+        signal.raise_signal(signal.SIGINT)
+        return advance(*args, **options)
+
+    monkeypatch.setattr("transformerfam.stream._advance", interrupted)
+    text = Path(book).read_text(encoding="utf-8") * 4
+    code, out, err = fam("generate", "-", "--save", str(saved), stdin=text)
+    assert (code, out) == (130, "\n")
+    assert "Stopped after" in err and "of the prompt" in err
+    assert saved.exists()

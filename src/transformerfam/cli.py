@@ -21,6 +21,7 @@ from types import ModuleType
 
 from transformerfam import __version__, commands
 from transformerfam.errors import UserError
+from transformerfam.report import lead_nowhere
 
 DEBUG = "TRANSFORMERFAM_DEBUG"
 _ORDER = (
@@ -120,8 +121,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SystemExit as stop:  # from argparse, which has printed help or what is wrong
         return stop.code if isinstance(stop.code, int) else _REFUSED
     except BrokenPipeError:
-        # Python flushes once more at exit, which must find somewhere to write.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        lead_nowhere(sys.stdout)
         return _NO_READER
     except KeyboardInterrupt:
         return _tell("Stopped.", _INTERRUPTED)
@@ -197,13 +197,16 @@ def _tell(line: str, code: int) -> int:
     """Say why it ends, and where if that was asked for."""
     if os.environ.get(DEBUG):
         traceback.print_exc()
-    print(line, file=sys.stderr)
+    try:
+        print(line, file=sys.stderr, flush=True)
+    except OSError:
+        lead_nowhere(sys.stderr)
     return code
 
 
 def _prepare_streams() -> None:
-    """Output that a terminal's encoding lacks becomes a question mark, not an error."""
-    for stream in (sys.stdout, sys.stderr):
+    """What a terminal's encoding lacks, or a typed line that is not of it, is no error."""
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
 

@@ -8,6 +8,7 @@ import shutil
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TextIO
 
@@ -102,11 +103,17 @@ def facts(pairs: Sequence[tuple[str, str]], *, indent: str = "") -> str:
     return "\n".join(f"{indent}{name.ljust(width)}   {value}".rstrip() for name, value in pairs)
 
 
+def lead_nowhere(stream: TextIO) -> None:
+    """Let a stream that nobody reads any more take what Python flushes into it when it exits."""
+    with suppress(OSError, ValueError):  # a stream may have no descriptor
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
 class Progress:
     """A line that says how far a long run has come.
 
     On a terminal one line that is written over; elsewhere a line of its own now and then, so that a
-    log file stays readable.
+    log file stays readable. If whoever reads it goes away, the run goes on without.
 
     Args:
         quiet: show nothing.
@@ -133,10 +140,9 @@ class Progress:
         self._last = time.monotonic()
         if self.terminal:
             self._line = _fitting(line, shutil.get_terminal_size().columns - 1)
-            self._stream.write(f"\r\x1b[K{self._line}")
-            self._stream.flush()
+            self._write(f"\r\x1b[K{self._line}")
         else:
-            print(line, file=self._stream, flush=True)
+            self._write(f"{line}\n")
 
     def passing(self, line: str) -> None:
         """A line for those who wait at a terminal, and for nobody else."""
@@ -148,15 +154,21 @@ class Progress:
         if self._quiet:
             return
         clear, again = ("\r\x1b[K", self._line) if self.terminal and self._line else ("", "")
-        self._stream.write(f"{clear}{line}\n{again}")
-        self._stream.flush()
+        self._write(f"{clear}{line}\n{again}")
 
     def clear(self) -> None:
         """Take the changing line off the terminal."""
         if self.terminal and self._line:
-            self._stream.write("\r\x1b[K")
-            self._stream.flush()
+            self._write("\r\x1b[K")
         self._line = ""
+
+    def _write(self, text: str) -> None:
+        try:
+            self._stream.write(text)
+            self._stream.flush()
+        except OSError:
+            self._quiet, self.terminal = True, False
+            lead_nowhere(self._stream)
 
 
 def _fitting(line: str, width: int) -> str:

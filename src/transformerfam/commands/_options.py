@@ -194,7 +194,11 @@ def sampling(args: argparse.Namespace) -> Sampling:
 def add_memory(parser: argparse.ArgumentParser) -> None:
     """--load and --save."""
     group = parser.add_argument_group("memory")
-    group.add_argument("--load", metavar="FILE", help="begin with a saved memory")
+    group.add_argument(
+        "--load",
+        metavar="FILE",
+        help="begin with a saved memory; give --model, --adapter and --dtype as when it was saved",
+    )
     group.add_argument(
         "--save", metavar="FILE", help="save the memory at the end; an older one is replaced whole"
     )
@@ -205,6 +209,15 @@ def add_quiet(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--quiet", action="store_true", help="no progress and no remarks on standard error"
     )
+
+
+def text(given: str) -> str:
+    """A text for the model, for argparse."""
+    try:
+        given.encode()
+    except UnicodeEncodeError:
+        raise argparse.ArgumentTypeError("is not UTF-8") from None
+    return given
 
 
 def whole(least: int) -> Callable[[str], int]:

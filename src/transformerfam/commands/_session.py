@@ -9,6 +9,7 @@ import signal
 import tempfile
 import threading
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -227,4 +228,5 @@ class StopOnInterrupt:
 
 def say_at_once(line: str) -> None:
     """A line on standard error from inside a signal handler, where print may not be used."""
-    os.write(2, f"\n{line}\n".encode())
+    with suppress(OSError):  # nobody reads it any more: no reason to stop at once
+        os.write(2, f"\n{line}\n".encode())

@@ -46,7 +46,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.epilog = EPILOG
     parser.add_argument(
-        "--system", metavar="TEXT", help="a system message for the start of a conversation"
+        "--system",
+        metavar="TEXT",
+        type=options.text,
+        help="a system message for the start of a conversation",
     )
     options.add_quiet(parser)
     options.add_sampling(parser, max_new_tokens=400)
@@ -81,16 +84,14 @@ def run(args: argparse.Namespace) -> int:
     chat = Chat(session, turns, sampling, args.max_new_tokens, progress)
     chat.first = not args.continues
     try:
-        code = chat.run()
+        return chat.run()
     except KeyboardInterrupt:
         print()
-        code = _session.INTERRUPTED
-    if args.save and chat.torn:
-        progress.note("Stopped in the middle of a turn, so nothing was saved.")
-    elif args.save:
-        session.memory.save(args.save, session.model)
-        progress.note(f"saved {args.save}")
-    return code
+        return _session.INTERRUPTED
+    finally:  # whatever ends it, the turns before are kept
+        if args.save:
+            session.memory.save(args.save, session.model)
+            progress.note(f"saved {args.save}")
 
 
 class Chat:
@@ -109,8 +110,6 @@ class Chat:
         self.terminal = sys.stdin is not None and sys.stdin.isatty()
         # Whether the next turn begins a conversation; what was read before is then a text.
         self.first = True
-        # Set while the model works: stopped there, the memory may have read half of something.
-        self.torn = False
         self._commands: dict[str, Callable[[str], None]] = {
             "/save": self._save,
             "/load": self._load,
@@ -144,6 +143,8 @@ class Chat:
             except EOFError:
                 print()
                 return None
+        if sys.stdin is None:
+            raise UserError("There is no standard input to read turns from.")
         line = sys.stdin.readline()
         return line.strip() if line else None
 
@@ -151,21 +152,29 @@ class Chat:
         from transformerfam.commands._session import StopOnInterrupt
         from transformerfam.turns import answer
 
-        self.torn = True
-        with StopOnInterrupt() as stop:
-            for part in answer(
-                self.session.model,
-                self.session.tokenizer,
-                self.session.memory,
-                text,
-                turns=self.turns,
-                first=self.first,
-                sampling=self.sampling,
-                max_new_tokens=self.max_new_tokens,
-                stopped=lambda: stop.requested,
-            ):
-                print(part, end="", flush=True)
-        self.first = self.torn = False
+        forget_the_turn = self.session.memory.undo()
+        try:
+            with StopOnInterrupt() as stop:
+                for part in answer(
+                    self.session.model,
+                    self.session.tokenizer,
+                    self.session.memory,
+                    text,
+                    turns=self.turns,
+                    first=self.first,
+                    sampling=self.sampling,
+                    max_new_tokens=self.max_new_tokens,
+                    stopped=lambda: stop.requested,
+                ):
+                    print(part, end="", flush=True)
+        except (UserError, ValueError) as error:
+            forget_the_turn()
+            self._say(str(error))
+            return
+        except BaseException:
+            forget_the_turn()  # half a turn is none
+            raise
+        self.first = False
         print("\n", flush=True)
 
     # ---- commands

@@ -13,7 +13,7 @@ from transformerfam.commands import _options as options
 from transformerfam.errors import UserError
 
 if TYPE_CHECKING:
-    from transformerfam.commands._session import Session
+    from transformerfam.commands._session import Session, StopOnInterrupt
     from transformerfam.stream import Sampling
 
 HELP = "continue a prompt, a piped text of any length, or a saved memory"
@@ -37,6 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "prompt",
         metavar="PROMPT",
         nargs="?",
+        type=options.text,
         help="the text, or - for standard input; may be left out with --load",
     )
     options.add_quiet(parser)
@@ -59,20 +60,33 @@ def run(args: argparse.Namespace) -> int:
     session = _session.open_session(args, progress)
     if not args.prompt and session.memory.next_logits is None:
         raise UserError(f"{args.load} has read nothing that could be continued; give a PROMPT.")
-    with _session.StopOnInterrupt() as stop:
-        written = 0
-        started = time.monotonic()
-        for token_text in _continuation(args, session, stop.until(prompt), sampling):
-            print(token_text, end="", flush=True)
-            written += 1
-            if stop.requested:
-                break
-        print(flush=True)
+
+    def save() -> None:
+        if args.save:
+            session.memory.save(args.save, session.model)
+            progress.note(f"saved {args.save}")
+
+    def notify() -> None:
+        if not args.quiet:
+            _session.say_at_once("Stopping; Ctrl-C again stops at once and saves nothing.")
+
+    with _session.StopOnInterrupt(notify) as stop:
+        before, started = session.memory.position[0], time.monotonic()
+        _read_prompt(session, stop.until(prompt))
+        read, written = session.memory.position[0] - before, 0
+        try:
+            for token_text in _continuation(args, session, sampling, stop):
+                print(token_text, end="", flush=True)
+                written += 1
+            print(flush=True)
+        except BrokenPipeError:
+            save()  # whoever read the text went away; the memory is whole
+            raise
     seconds = time.monotonic() - started
+    if stop.requested and not written:
+        progress.note(f"Stopped after {read:,} tokens of the prompt.")
     progress.note(f"{written:,} tokens in {report.duration(seconds)}")
-    if args.save:
-        session.memory.save(args.save, session.model)
-        progress.note(f"saved {args.save}")
+    save()
     return _session.INTERRUPTED if stop.requested else 0
 
 
@@ -87,26 +101,39 @@ def _prompt(given: str | None) -> Iterator[str]:
     return iter(TextSource("-"))
 
 
+def _read_prompt(session: Session, prompt: Iterator[str]) -> None:
+    from transformerfam.stream import absorb
+    from transformerfam.text import TokenIds
+
+    memory = session.memory
+    tokens = TokenIds(session.tokenizer, prompt, fresh=memory.position[0] == 0)
+    with memory.asked():
+        absorb(session.model, tokens, memory)
+
+
 def _continuation(
-    args: argparse.Namespace, session: Session, prompt: Iterator[str], sampling: Sampling
+    args: argparse.Namespace, session: Session, sampling: Sampling, stop: StopOnInterrupt
 ) -> Iterator[str]:
     """The new text token by token; an empty part in the middle of a character."""
     from transformerfam.stream import generate
-    from transformerfam.text import Decoder, TokenIds
+    from transformerfam.text import Decoder
     from transformerfam.turns import end_tokens
 
-    memory, tokenizer = session.memory, session.tokenizer
+    if stop.requested:
+        return
+    tokenizer = session.tokenizer
     decoder = Decoder(tokenizer)
-    tokens = TokenIds(tokenizer, prompt, fresh=memory.position[0] == 0)
     for token in generate(
         session.model,
-        tokens,
-        memory,
+        [],
+        session.memory,
         max_new_tokens=args.max_new_tokens,
         sampling=sampling,
         stop=end_tokens(session.model, tokenizer),
     ):
         yield decoder.put(token)
+        if stop.requested:
+            break
     rest = decoder.end()
     if rest:
         print(rest, end="", flush=True)

@@ -96,6 +96,7 @@ def run(args: argparse.Namespace) -> int:
         for name, value in _FIGURE_11.items():
             if getattr(args, name) is None:
                 setattr(args, name, value)
+    _check_apart(args)
     with TextSource(args.text, lenient=args.lenient) as source:
         session = _session.open_session(args, progress)
         tokens = iter(TokenIds(session.tokenizer, source))
@@ -120,6 +121,14 @@ def _layers(text: str) -> tuple[int, ...] | str:
         raise argparse.ArgumentTypeError(
             f"must be numbers with commas, or all, not {text!r}"
         ) from None
+
+
+def _check_apart(args: argparse.Namespace) -> None:
+    """Refuse to write over the text, or one result over the other."""
+    named = {"FILE": args.text, "--output": args.output, "--figure": args.figure}
+    places = {name: Path(path).resolve() for name, path in named.items() if path and path != "-"}
+    if len(set(places.values())) < len(places):
+        raise UserError(f"{' and '.join(places)} must be different files.")
 
 
 def _check_place(path: str) -> None:

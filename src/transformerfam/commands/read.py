@@ -18,6 +18,7 @@ from transformerfam.errors import UserError
 if TYPE_CHECKING:
     from transformerfam.commands._compare import Variant
     from transformerfam.commands._session import Session
+    from transformerfam.memory_file import MemoryFileError
     from transformerfam.stream import Chunk
     from transformerfam.text import TextSource, TokenIds
 
@@ -65,6 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="QUESTION",
         action="append",
         default=[],
+        type=options.text,
         help="answer a question after reading, in the model's chat template; may be given several "
         "times. Each is asked on a copy: the saved memory holds the text alone",
     )
@@ -120,6 +122,7 @@ def run(args: argparse.Namespace) -> int:
         progress.note("Reading what you type; Ctrl-D on an empty line ends it.")
     with TextSource(args.text, lenient=args.lenient) as source:
         session = _session.open_session(args, progress)
+        _check_questions(args, session)
         reading = Reading(args, session, source, progress)
         reading.run()
     if args.json:
@@ -127,6 +130,10 @@ def run(args: argparse.Namespace) -> int:
     else:
         print(reading.summary())
         reading.print_answers()
+    if reading.interrupted and args.ask:
+        progress.note(f"Stopped, so {len(args.ask)} questions were not asked.")
+    if reading.not_saved is not None:
+        raise reading.not_saved
     return _session.INTERRUPTED if reading.interrupted else 0
 
 
@@ -135,6 +142,16 @@ def _check(args: argparse.Namespace) -> None:
         raise UserError("--continue goes on with a saved memory; name it with --load.")
     if args.compare and args.load:
         raise UserError("--compare reads a text from its start, so it cannot begin with --load.")
+
+
+def _check_questions(args: argparse.Namespace, session: Session) -> None:
+    """Refuse what a chat template refuses before a whole book is read."""
+    from transformerfam.turns import Turns
+
+    if args.ask:
+        turns = Turns(session.tokenizer)
+        for question in args.ask:
+            turns.opening(question, first=True, fresh=False)
 
 
 @dataclass
@@ -182,6 +199,8 @@ class Reading:
         self.tally = Tally()
         self.interrupted = False
         self.saved = False
+        self.not_saved: MemoryFileError | None = None  # told when all else is
+        self._skipped_bytes = 0.0
         self.variants: list[Variant] = []
         self._taken: list[int] = []
 
@@ -216,6 +235,7 @@ class Reading:
             self.progress.clear()
             if self.args.save and self.tally.tokens:
                 self._save()
+            if self.saved:
                 raise UserError(
                     f"{error} The {self.tally.tokens:,} tokens read before are saved in "
                     f"{self.args.save}."
@@ -235,6 +255,7 @@ class Reading:
         tokens = iter(ids)
         if self.args.continues:
             self._skip(tokens, memory.position[0])
+            self._skipped_bytes = ids.bytes_done
         tokens = islice(tokens, self.args.max_tokens)
         self.progress.passing("reading ...")
         started = time.monotonic()
@@ -273,8 +294,13 @@ class Reading:
         self._taken.clear()
 
     def _save(self) -> None:
-        self.session.memory.save(self.args.save, self.session.model)
-        self.saved = True
+        from transformerfam.memory_file import MemoryFileError
+
+        try:
+            self.session.memory.save(self.args.save, self.session.model)
+            self.saved = True
+        except MemoryFileError as error:
+            self.not_saved = error
 
     def _line(self, ids: TokenIds) -> str:
         tally, memory = self.tally, self.session.memory
@@ -300,7 +326,8 @@ class Reading:
         if self.args.max_tokens:
             shares.append(self.tally.tokens / self.args.max_tokens)
         if self.source.bytes_total:
-            shares.append(ids.bytes_done / self.source.bytes_total)
+            done = ids.bytes_done - self._skipped_bytes
+            shares.append(done / max(1, self.source.bytes_total - self._skipped_bytes))
         return min(1.0, max(shares)) if shares and max(shares) > 0 else None
 
     # ---- reporting
