@@ -53,7 +53,7 @@ def trainable(model: Any, checkpointing: bool) -> Any:
 
 def step(model: Any, ids: torch.Tensor) -> tuple[float, int | None]:
     """(seconds, bytes at the peak above what was in use) of one step."""
-    gauge = gauge_of_bytes()
+    gauge = gauge_of_bytes(ids.device)
     began = time.perf_counter()
     base = model.get_base_model()
     more = {}

@@ -182,6 +182,16 @@ def test_going_on_from_an_adapter_starts_with_what_it_says(tmp_path: Path) -> No
     assert_same(loaded(tmp_path / "second"), trained)
 
 
+def test_an_adapter_of_fam_alone_is_not_let_to_tokens_by_training_on(tmp_path: Path) -> None:
+    base = base_folder(tmp_path)
+    trained_on(short(tmp_path, base, fam={**BASE["fam"], "adapted": "fam"}))
+    made = short(tmp_path, base, "second", model={"adapter": str(tmp_path / "adapter")})
+    with pytest.raises(
+        UserError, match=r'trained with fam.adapted="fam", and the recipe has "all"'
+    ):
+        adaptation.load_for_training(made)
+
+
 def test_going_on_from_windows_alone_a_prompt_is_trained_too(tmp_path: Path) -> None:
     base = base_folder(tmp_path)
     trained_on(short(tmp_path, base, fam={**BASE["fam"], "fam_length": 0}))

@@ -19,7 +19,7 @@ from test_training import checkpointed
 from torch import Tensor
 
 import transformerfam
-from transformerfam import FamConfig, Memory, convert
+from transformerfam import FamConfig, Memory, benchmark, convert
 from transformerfam.conversion import twin
 from transformerfam.errors import UserError
 from transformerfam.training.adaptation import adapt
@@ -127,6 +127,10 @@ def test_without_fam_the_model_is_the_original_one() -> None:
         fresh: Any = convert(make_exact(tiny()), CONFIG)
         fresh.model.fam_prompt.weight.copy_(model.base_model.model.model.fam_prompt.weight)
         torch.testing.assert_close(off, fresh(input_ids=IDS).logits, rtol=0, atol=1e-12)
+        _, windows, full = benchmark.readers(model.base_model.model, CONFIG)
+        plain = make_exact(tiny())(input_ids=IDS).logits
+        torch.testing.assert_close(full.model(input_ids=IDS).logits, plain, rtol=0, atol=1e-12)
+        torch.testing.assert_close(windows.model(input_ids=IDS).logits, original, rtol=0, atol=0)
 
 
 def test_it_is_loaded_beside_the_weights_and_cannot_be_put_into_them(

@@ -49,7 +49,7 @@ GEOMETRIES = {
 def test_every_geometry_is_measured_under_its_own_name(
     ratio: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(benchmark, "gauge_of_bytes", lambda: None)  # a second for each call
+    monkeypatch.setattr(benchmark, "gauge_of_bytes", lambda _: None)  # a second for each call
     config = GEOMETRIES[ratio]
     model = converted(CONFIG, dtype=torch.float32)
     ((length, readers),) = benchmark.run(model, config, (16,), chunk=16, decode_tokens=1)

@@ -162,7 +162,7 @@ def test_info_tells_sizes_and_costs(fam: Run, folder: str, tmp_path: Path, book:
     next_logits = 4 * model.config.vocab_size
     assert facts["memory_bytes"] == read_with["memory_bytes"] - next_logits
     assert facts["parameters"] == sum(p.numel() for p in model.parameters()) + 4 * 32
-    assert facts["receptive_field"] == 3 * 2 * 16
+    assert facts["receptive_field"] == (3 * 1 + 1) * 16
     assert [c["length"] for c in facts["cost"]] == [1024 * 4**i for i in range(6)]
     over_full = [c["over_full_attention"] for c in facts["cost"]]
     assert over_full == sorted(over_full, reverse=True)

@@ -251,9 +251,10 @@ def test_geometry_of_the_paper() -> None:
     assert config.past_length == 3072
     assert config.slots == 3072 + 64 + 1024
     assert config.window_length is None
-    assert FamConfig.paper(memory_segments=1).receptive_field(18) == 18 * 2048
+    assert FamConfig.paper(memory_segments=2).receptive_field(18) == 36 * 1024 + 1024
+    assert FamConfig.paper(memory_segments=0).receptive_field(18) == 1024
     assert FamConfig.paper(attention="full").receptive_field(18) is None
-    assert FamConfig.paper(attention="swa", window=100).receptive_field(3) == 300
+    assert FamConfig.paper(attention="swa", window=100).receptive_field(3) == 298
 
 
 def test_window_by_default() -> None:

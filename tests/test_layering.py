@@ -21,7 +21,6 @@ ORDER = [
         "attention",
         "layer_memory",
         "memory",
-        "memory_file",
         "plan",
         "indexing",
         "auxiliary",
@@ -35,6 +34,7 @@ ORDER = [
     ),
     *(
         "modules",
+        "memory_file",
         "probe",
         "layer",
         "modeling",

@@ -634,11 +634,16 @@ def test_of_longer_texts_fewer_are_asked_and_documents_are_cut_for_full_attentio
     assert cuts == [8192, 262_144] * 2
 
 
-def answered(reader: str, case: Case, values: list[float]) -> list[dict[str, Any]]:
+PLAIN = FamConfig(sink_tokens=0)
+
+
+def answered(
+    reader: str, case: Case, values: list[float], tokens: int = 2000
+) -> list[dict[str, Any]]:
     """Lines of one reader, a question a value."""
     return [
         {"task": case.task, "version": case.version, "setting": dict(case.setting)}
-        | {"reader": reader, "question": number, "metrics": {case.metric: value}}
+        | {"reader": reader, "question": number, "tokens": tokens, "metrics": {case.metric: value}}
         for number, value in enumerate(values)
     ]
 
@@ -659,16 +664,37 @@ def test_what_held_on_real_data_is_judged_question_by_question(data: Path) -> No
         ([0.0] * 100, "did not hold: it does worse**: 0.000 against 0.500"),
     ):
         lines = answered("model", case, model) + windows
-        (said,) = results.held(groups, lines, "bswa")
+        (said,) = results.held(groups, lines, PLAIN)
         claim = "That the memory does better than its windows alone (`bswa`), GPT-3 Rank"
         assert said.startswith(f"{claim}, mean over its tasks, **")
         assert verdict in said
         assert said.endswith("asked 100 times.")
-    assert results.held(groups, windows, "bswa") == []
+    assert results.held(groups, windows, PLAIN) == []
     # Sinks are no merit of a memory that has them: what it is judged against has them too.
-    assert results.held(groups, lines, "sinks") == []
+    assert results.held(groups, lines, FamConfig()) == []
     few = answered("model", case, [1.0] * 5) + answered("bswa", case, [0.0] * 5)
-    assert "is open**: 1.000 against 0.000" in results.held(groups, few, "bswa")[0]
+    assert "is open**: 1.000 against 0.000" in results.held(groups, few, PLAIN)[0]
+
+
+def test_what_all_read_alike_tells_nothing_of_a_memory(data: Path) -> None:
+    """Texts of one block, and documents that are only read where FAM is seen when asked."""
+    (case,) = results.gpt3(data, TOKENIZER, results.Sizes())
+    short = [*answered("model", case, [1.0] * 9, 500), *answered("bswa", case, [1.0] * 9, 500)]
+    (said,) = results.held({"GPT-3's tasks": [case]}, short, PLAIN)
+    assert said.endswith("**cannot be told**: all of it is read alike with a memory and without.")
+    long = [
+        *answered("model", case, [1.0] * 9 + [1.0] * 3),
+        *answered("bswa", case, [1.0] * 9 + [0.0] * 3),
+    ]
+    for line in long:
+        line["tokens"] = 500 if line["question"] < 9 else 2000
+    (said,) = results.held({"GPT-3's tasks": [case]}, long, PLAIN)
+    assert "is open**: 1.000 against 0.000" in said and said.endswith("asked 3 times.")
+    (book, *_) = results.documents(data, TOKENIZER, results.Sizes())
+    read = [*answered("model", book, [0.5] * 9), *answered("bswa", book, [0.5] * 9)]
+    (said,) = results.held({"Whole documents": [book]}, read, PLAIN.replace(fam_seen="asked"))
+    assert "cannot be told" in said
+    assert "is open" in results.held({"Whole documents": [book]}, read, PLAIN)[0]
 
 
 def test_a_memory_is_judged_against_windows_with_as_many_sinks() -> None:
@@ -687,9 +713,9 @@ def test_tables_of_gpt3_have_means_over_tasks_whatever_their_questions(data: Pat
     (row,) = results._means(lines, [case, other], ["model", "bswa"])
     assert row == ["GPT-3 Rank mean", "accuracy", "0.750 ± 0.065", "–"]
     few = [*lines, *answered("bswa", other, [1.0] * 5)]
-    assert "is open" in results.held({"GPT-3's tasks": [case, other]}, few, "bswa")[0]
+    assert "is open" in results.held({"GPT-3's tasks": [case, other]}, few, PLAIN)[0]
     lines += answered("bswa", other, [1.0] * 100)
-    (said,) = results.held({"GPT-3's tasks": [case, other]}, lines, "bswa")
+    (said,) = results.held({"GPT-3's tasks": [case, other]}, lines, PLAIN)
     assert "**held**: 0.750 against 0.500, a difference of +0.250 ± 0.065" in said
 
 

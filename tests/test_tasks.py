@@ -148,6 +148,11 @@ def test_common_words_come_ten_times_as_often_as_others() -> None:
     assert {n for word, n in counts.items() if word not in common} == {3}
 
 
+def test_long_lists_have_pairs_of_words() -> None:
+    question = only("ruler-cwe", lengths=(40_000,)).make(0)
+    assert 39_000 < question.tokens <= 40_000
+
+
 # ---- stories
 
 
@@ -171,6 +176,7 @@ def test_the_answer_of_a_story_follows_from_its_facts(kind: str) -> None:
         assert moves[-1].endswith(f"the {answer}")
         assert question.score(f" {answer}.\nand more") == {"accuracy": 1.0}
         wrong = next(p for p in babilong._PLACES if p != answer)
+        assert question.score(f" {answer}. John is in the {wrong}.") == {"accuracy": 1.0}
         assert question.score(f"{answer} or {wrong}") == {"accuracy": 0.0}
         assert question.score(wrong) == {"accuracy": 0.0}
 
@@ -253,6 +259,9 @@ ROWS: dict[str, dict[str, Any]] = {
 }
 
 
+ANSWERS = {"qasper": "The usual data.", "xlsum": "Short.", "longqa": "1"}
+
+
 @pytest.mark.parametrize("name", ROWS)
 def test_rows_become_questions(name: str, tmp_path: Path) -> None:
     file = tmp_path / "rows.jsonl"
@@ -272,6 +281,32 @@ def test_rows_become_questions(name: str, tmp_path: Path) -> None:
         assert "A long story.\n\nQuestion: Who?\nAnswer:" in shown
     else:
         assert question.score("nothing of it")["rougeL"] < 0.5
+        right = question.score(f"{ANSWERS[name]}\n\nQuestion: And now?")
+        assert right["rougeL"] == pytest.approx(1.0)
+
+
+def test_rows_of_one_question_are_its_references(tmp_path: Path) -> None:
+    """SCROLLS writes a row for each reference."""
+    file, row = tmp_path / "rows.jsonl", ROWS["qasper"]
+    rows = [row, {**row, "output": "data"}, {"input": "Who?\n\nA paper.", "output": "Ann"}]
+    file.write_text("\n".join(map(json.dumps, rows)))
+    for name in ("qasper", "narrativeqa"):
+        case = only(name, data={name: str(file)}, samples=1)
+        assert case.count == 1
+        first = case.make(0)
+        assert isinstance(first, Say) and first.score("data")["f1"] == 1.0
+        assert only(name, data={name: str(file)}).count == 2
+
+
+def test_other_files_in_a_folder_are_other_documents(tmp_path: Path) -> None:
+    def setting() -> dict[str, Any]:
+        return dict(only("documents", data={"documents": str(tmp_path)}).setting)
+
+    (tmp_path / "m.txt").write_text("A text.")
+    before = setting()
+    assert setting() == before
+    (tmp_path / "a.txt").write_text("Another text.")
+    assert setting() != before
 
 
 def test_words_are_compared_as_squad_does() -> None:

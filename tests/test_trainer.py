@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import json
 import math
@@ -21,7 +22,8 @@ from transformerfam.data.examples import Example
 from transformerfam.data.rows import Source
 from transformerfam.errors import UserError
 from transformerfam.training import adaptation, checkpoint
-from transformerfam.training.recipe import Recipe
+from transformerfam.training.checkpoint import changed_setting
+from transformerfam.training.recipe import Recipe, find
 from transformerfam.training.trainer import Trained, Trainer, TrainingStopped, make_accelerator
 
 B = 4
@@ -414,6 +416,28 @@ def test_a_setting_that_is_taken_away_is_noticed(tmp_path: Path) -> None:
     del fam["window"]
     with pytest.raises(UserError, match=r"begun with another fam\.window"):
         run(recipe(tmp_path, fam=fam), resume=True)
+
+
+def test_what_a_checkpoint_does_not_say_of_a_source_was_not_set() -> None:
+    """Settings that came later are what they are by default."""
+    made = Recipe.load(find("smollm2-passkey"), []).to_dict()
+    before = copy.deepcopy(made)
+    for source in before["data"]["sources"]:
+        assert source.pop("chat") is False
+    assert changed_setting(made, before) is None
+    made["data"]["sources"][0]["chat"] = True
+    assert changed_setting(made, before) == "data.sources"
+
+
+def test_adafactor_does_not_go_on_with_moments_that_it_has_not_kept() -> None:
+    without, with_moments = (
+        Recipe.load(
+            find("smollm2-passkey"), ["optimizer.name=adafactor", f"optimizer.beta1={beta}"]
+        ).to_dict()
+        for beta in (0.0, 0.9)
+    )
+    assert changed_setting(with_moments, without) == "optimizer.beta1"
+    assert changed_setting(with_moments, with_moments) is None
 
 
 def test_carried_memories_keep_the_precision(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import re
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from torch import Tensor
 from transformerfam.config import FamConfig
 from transformerfam.conversion import reconfigure, restore
 from transformerfam.memory import Memory
+from transformerfam.modules import adapted_modules
 
 
 @dataclass
@@ -64,7 +65,7 @@ class Reader:
     @torch.no_grad()
     def read(self, ids: Tensor) -> None:
         """More tokens, (1, T)."""
-        held, gauge = self._bytes(), gauge_of_bytes()
+        held, gauge = self._bytes(), gauge_of_bytes(ids.device)
         seconds = time.perf_counter()
         self.state = self._step(ids, self.state)
         wait_for(ids)
@@ -80,11 +81,13 @@ class Reader:
         self.peak_bytes[length] = self.peak
         state = self.state.fork() if isinstance(self.state, Memory) else copy.deepcopy(self.state)
         times = []
-        for token in ids.split(1, dim=1):
-            start = time.perf_counter()
-            state = self._step(token, state)
-            wait_for(ids)
-            times.append(time.perf_counter() - start)
+        # What is said sees FAM, also where what is read does not.
+        with state.asked() if isinstance(state, Memory) else nullcontext():
+            for token in ids.split(1, dim=1):
+                start = time.perf_counter()
+                state = self._step(token, state)
+                wait_for(ids)
+                times.append(time.perf_counter() - start)
         self.decode_seconds[length] = statistics.median(times)
 
     def _step(self, ids: Tensor, state: Any) -> Any:
@@ -107,9 +110,13 @@ def readers(model: Any, config: FamConfig) -> list[Reader]:
     windows = config.without_feedback()
     remembering = {config.memory_name: config} if config != windows else {}
     compared = {**remembering, config.attention.upper(): windows}
+    full = restore(twin(model))
+    if config.adapted == "fam":  # no way of FAM is left for it
+        for module in adapted_modules(full):
+            module.enable_adapters(False)
     return [
         *(Reader(name, reconfigure(twin(model), own)) for name, own in compared.items()),
-        Reader("full attention", restore(twin(model))),
+        Reader("full attention", full),
     ]
 
 
@@ -165,13 +172,13 @@ def wait_for(like: Tensor) -> None:
         torch.cuda.synchronize(like.device)
 
 
-def gauge_of_bytes() -> Callable[[], int] | None:
-    """A gauge of bytes in use, set to 0 now; None where the system has none."""
+def gauge_of_bytes(device: torch.device) -> Callable[[], int] | None:
+    """A gauge of bytes in use on a device, set to 0 now; None where the system has none."""
     gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-        base = torch.cuda.memory_allocated()
-        return lambda: torch.cuda.max_memory_allocated() - base
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        base = torch.cuda.memory_allocated(device)
+        return lambda: torch.cuda.max_memory_allocated(device) - base
     with suppress(OSError, AttributeError):
         ctypes.CDLL("libc.so.6").malloc_trim(0)  # what is free goes back, or it would hide growth
         Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew

@@ -235,11 +235,15 @@ class FamConfig:
         return self.fam_length * (layers if self.fam_start == "prefix" else 1)
 
     def receptive_field(self, layers: int) -> int | None:
-        """Depth times window, in tokens, without feedback (section 2); None: unlimited."""
+        """Tokens that a token may depend on without feedback, itself among them; None: unlimited.
+
+        Each layer reaches as far back as it sees: depth times window (section 2).
+        """
         if self.keeps_everything:
             return None
-        window = self.window_length or (self.memory_segments + 1) * self.block_size
-        return layers * window
+        if self.window_length is not None:
+            return layers * (self.window_length - 1) + 1
+        return (layers * self.memory_segments + 1) * self.block_size
 
     def blocks_within_reach(self, layers: int) -> int | None:
         """Past blocks that a token may depend on, anchors aside; None: all, or nobody promises it.

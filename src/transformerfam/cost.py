@@ -142,13 +142,27 @@ def _stack_state(config: FamConfig, shape: ModelShape, length: int) -> int:
 
 def flops(config: FamConfig, shape: ModelShape, length: int) -> int:
     """Floating-point operations to read the first `length` tokens of a stream; see above."""
+    return sum(_matrices_and_attention(config, shape, length))
+
+
+def tuning_flops(config: FamConfig, shape: ModelShape, length: int) -> int:
+    """Floating-point operations to train LoRA on such a text, with activation checkpointing.
+
+    Everything is computed forward twice. Backward a matrix that stays as it is costs as much as forward,
+    attention, both sides of which are computed, twice as much.
+    """
+    matrices, attention = _matrices_and_attention(config, shape, length)
+    return 3 * matrices + 4 * attention
+
+
+def _matrices_and_attention(config: FamConfig, shape: ModelShape, length: int) -> tuple[int, int]:
     pairs = int(keys_per_query(config, np.arange(length)).sum())
     rows, more = _memory_rows(config, length)
     pairs += more
     entries = 2 if config.memory_source == "output" else 1
     layers = 2 * shape.layer_weights * (entries * length + rows)
     head = 2 * shape.head_weights * length
-    return layers + head + 4 * shape.attention_width * shape.layers * pairs
+    return layers + head, 4 * shape.attention_width * shape.layers * pairs
 
 
 def _in_front(config: FamConfig, block: Counts) -> Counts:

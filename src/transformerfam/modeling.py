@@ -83,8 +83,7 @@ class FamDecoder(Picklable):
             input_ids, inputs_embeds: (R, T) or (R, T, d), new tokens of R streams.
             attention_mask: (R, T) or longer, of which the last T columns count: 0 for padding, which
                 does not enter the stream.
-            position_ids: where a token stands follows from the memory; refused if they begin anew
-                within a row, which is how several texts are packed into one.
+            position_ids: refused if they begin anew within a row (packed texts), else ignored.
             past_key_values: the streams' memory, advanced in place once the call has succeeded.
             use_cache: whether to make a memory if none is given.
             fam_losses: takes the auxiliary losses of the call.

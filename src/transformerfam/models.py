@@ -122,7 +122,7 @@ def load(
     came = stored.added_modules
     if adapter is not None:
         adapter = _adapter_folder(adapter)
-        trained_with = _adapter_config(adapter, config)
+        trained_with = adapter_geometry(adapter, config)
         model = _shaped(model, trained_with)
         came = (*_fitting(came, stored, trained_with), *_saved_modules(adapter))
         stored = trained_with
@@ -318,9 +318,13 @@ def _adapted_model(adapter: str) -> str:
     return str(base)
 
 
-def _adapter_config(adapter: str, otherwise: FamConfig | None) -> FamConfig:
-    """The geometry that an adapter was trained with; `otherwise` if it does not say."""
-    file = Path(adapter) / ADAPTER_FAM_CONFIG
+def adapter_geometry(adapter: str, otherwise: FamConfig | None) -> FamConfig:
+    """The geometry that an adapter was trained with; `otherwise` if it does not say.
+
+    Raises:
+        ModelError: if it says nothing, or nothing that can be understood.
+    """
+    file = Path(_adapter_folder(adapter)) / ADAPTER_FAM_CONFIG
     if not file.is_file():
         if otherwise is not None:
             return otherwise

@@ -61,8 +61,8 @@ def readers_of(model: Any, names: Sequence[str], *, full_limit: int | None) -> l
         model: a TransformerFAM.
         names: `model`: as it is. `bswa`: its windows, no feedback, no sinks. `sinks`: its windows
             with sinks, no feedback (StreamingLLM). `full`: full attention, no feedback. And the
-            patterns of `variants.VARIANTS`, such as `Longformer`, in its blocks: what has no memory
-            that would have to be trained.
+            patterns of `variants.VARIANTS`, such as `Longformer`, in its blocks and without sinks:
+            what has no memory that would have to be trained.
         full_limit: longest stream that readers who keep every token are asked about; None: what the
             model was trained for.
 
@@ -98,7 +98,9 @@ def _windows_of(config: FamConfig, name: str) -> tuple[str, FamConfig]:
         known = [*READERS, *(v.name for v in patterns.values())]
         raise UserError(f"There is no reader {name}; there are {', '.join(known)}.")
     try:
-        return variant.name, windows.changed(**{"attention": "bswa", **variant.fam})
+        return variant.name, windows.changed(
+            **{"attention": "bswa", "sink_tokens": 0, **variant.fam}
+        )
     except ValueError as error:
         raise UserError(f"{variant.name} does not go with this model: {error}") from None
 

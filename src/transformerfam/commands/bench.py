@@ -12,6 +12,7 @@ from transformerfam.commands import _options as options
 
 if TYPE_CHECKING:
     from transformerfam.benchmark import Reader
+    from transformerfam.config import FamConfig
 
 HELP = "measure time and memory against windows alone and against full attention"
 _DEFAULT_LENGTHS = (1024, 2048, 4096, 8192, 16384, 32768)
@@ -61,19 +62,14 @@ def run(args: argparse.Namespace) -> int:
     import torch
 
     from transformerfam import benchmark, models
-    from transformerfam.config import FamConfig
 
     if args.threads:
         torch.set_num_threads(args.threads)
     progress = report.Progress(quiet=args.json)
     model, _ = models.load(
-        args.model or models.EMBEDDED,
-        FamConfig(),
-        dtype=args.dtype,
-        device=args.device,
-        adapter=args.adapter,
+        args.model or models.EMBEDDED, dtype=args.dtype, device=args.device, adapter=args.adapter
     )
-    config = options.changed(FamConfig(), options.geometry_changes(args))
+    config = options.changed(_own_geometry(model), options.geometry_changes(args))
     found: dict[str, Reader] = {}
     for length, readers in benchmark.run(
         model, config, args.lengths, chunk=args.chunk, skip_full_beyond=args.full_limit
@@ -89,6 +85,15 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def _own_geometry(model: Any) -> FamConfig:
+    """What a model was made with; the default of a memory for one that has none yet."""
+    from transformerfam.config import FamConfig
+    from transformerfam.models import reading_config
+
+    own: FamConfig = model.fam_config
+    return FamConfig() if own == reading_config() else own
+
+
 def _as_text(readers: list[Reader], config: Any) -> str:
     first, *others = readers
     sections = [
@@ -96,7 +101,7 @@ def _as_text(readers: list[Reader], config: Any) -> str:
         ("one more token, ms", lambda r, n: 1000 * r.decode_seconds[n], "{:.1f}"),
     ]
     out = [
-        f"{config.describe()}; {_machine()}",
+        f"{config.describe()}; {_machine(first.model)}",
     ]
     for title, value, form in sections:
         rows = []
@@ -128,7 +133,7 @@ def _as_text(readers: list[Reader], config: Any) -> str:
 def _as_json(readers: list[Reader], config: Any) -> dict[str, Any]:
     return {
         "config": config.to_dict(),
-        "machine": _machine(),
+        "machine": _machine(readers[0].model),
         "readers": {
             r.name: {
                 "call_seconds": r.call_seconds,
@@ -142,12 +147,13 @@ def _as_json(readers: list[Reader], config: Any) -> dict[str, Any]:
     }
 
 
-def _machine() -> str:
+def _machine(model: Any) -> str:
     import torch
 
+    place = model.get_input_embeddings().weight.device
     device = (
-        torch.cuda.get_device_name()
-        if torch.cuda.is_available()
+        torch.cuda.get_device_name(place)
+        if place.type == "cuda"
         else f"{torch.get_num_threads()} CPU threads"
     )
     return f"{device}, torch {torch.__version__}, {platform.machine()}"

@@ -109,11 +109,14 @@ def run(args: argparse.Namespace) -> int:
     key = str(random.Random(args.seed).randrange(10_000, 100_000))
     told = pass_key(key)
     begin, question = f"{INTRODUCTION} {told.sentence}", f" {told.question} {told.stem}"
-    progress.note(_explain(model.fam_config, told.sentence, args.tokens))
+    ids = _token_ids(tokenizer, begin, args.tokens)
+    if len(ids) < args.tokens:
+        progress.note(f"There are no more than {len(ids):,} tokens to read.")
+    progress.note(_explain(model.fam_config, told.sentence, len(ids)))
     shown = Shown(key, _readers(model, before, args.full_limit))
     started = time.monotonic()
     asked = tokenizer(question, add_special_tokens=False).input_ids
-    kept = _read(shown, tokenizer, _token_ids(tokenizer, begin, args.tokens), asked, progress)
+    kept = _read(shown, tokenizer, ids, asked, progress)
     progress.clear()
     print(f"Read by three readers in {report.duration(time.monotonic() - started)}.\n")
     print(f"Asked on the way:{question} ...\n\n{_answers_table(shown)}\n")
@@ -189,7 +192,7 @@ def _read(
         A copy of the first reader's memory as it was when it last said the key, or was first asked.
     """
     first = shown.variants[0]
-    stops = range(_FIRST_ASKED, len(ids) + 1, _FIRST_ASKED)
+    stops = sorted({*range(_FIRST_ASKED, len(ids), _FIRST_ASKED), len(ids)})
     kept = first.memory
     for count, stop in enumerate(stops, start=1):
         for variant in shown.variants:

@@ -131,7 +131,7 @@ def run(args: argparse.Namespace) -> int:
         print(reading.summary())
         reading.print_answers()
     if reading.interrupted and args.ask:
-        progress.note(f"Stopped, so {len(args.ask)} questions were not asked.")
+        progress.note("Stopped, so nothing was asked.")
     if reading.not_saved is not None:
         raise reading.not_saved
     return _session.INTERRUPTED if reading.interrupted else 0
@@ -197,8 +197,7 @@ class Reading:
     ) -> None:
         self.args, self.session, self.source, self.progress = args, session, source, progress
         self.tally = Tally()
-        self.interrupted = False
-        self.saved = False
+        self.interrupted = self.saved = False
         self.not_saved: MemoryFileError | None = None  # told when all else is
         self._skipped_bytes = 0.0
         self.variants: list[Variant] = []

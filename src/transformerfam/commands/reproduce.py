@@ -284,8 +284,7 @@ def _results(name: str, args: argparse.Namespace, folder: Path, command: str) ->
         progress.update(f"{done:,}/{count:,}   {answers.named(asked.case)}, {asked.reader.name}")
     lines = evaluate.read_results(kept)[1]
     about = results.describe(model, args.adapter, Path(args.data))
-    windows = results.windows_of(model.fam_config)
-    return results.results_page(name, groups, lines, command, about, folder, windows)
+    return results.results_page(name, groups, lines, command, about, folder, model.fam_config)
 
 
 def _found(name: str, args: argparse.Namespace, folder: Path) -> Found:

@@ -41,14 +41,19 @@ def open_table(
 
 
 def _lines(path: str) -> Iterator[Mapping[str, Any]]:
-    with open(path, encoding="utf-8-sig") as file:
+    try:
+        file = open(path, "rb")  # noqa: SIM115  # closed below
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}.") from None
+    with file:
         for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
             try:
-                row = json.loads(line)
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+                row = json.loads(text) if text.strip() else None
             except ValueError as error:
                 raise UserError(f"{path}:{number} is not JSON: {error}.") from None
+            if not text.strip():
+                continue
             if not isinstance(row, dict):
                 raise UserError(f"{path}:{number} is not an object with named columns.")
             yield row

@@ -273,7 +273,7 @@ def paper_page(name: str, item: Item, command: str) -> Page:
         if item.tuned
         else (scales.PASSKEY, "PassKey texts")
     )
-    header = ["variant", "model", "state of a stream", "trained tokens", "operations", "days"]
+    header = ["variant", "model", "state of a stream", "tokens, at most", "operations", "days"]
     rows = [row for variant in _of_the_paper(item) for row in _estimates(variant, training)]
     return Page(
         f"{name}-paper",
@@ -283,8 +283,9 @@ def paper_page(name: str, item: Item, command: str) -> Page:
             f"    {command}",
             "",
             f"{training['steps']:,} steps of {training['rows']} {texts} of up to "
-            f"{training['longest']:,} tokens, LoRA of rank 64, Adafactor (table 4, section 3.1). Models "
-            "are built without weights; nothing is trained. Days are those of one accelerator that does "
+            f"{training['longest']:,} tokens, counted as if all were as long, LoRA of rank 64, "
+            "Adafactor (table 4, section 3.1). Models are built without weights; nothing is trained. "
+            "Days are those of one accelerator that does "
             f"{FLOPS_OF_AN_ACCELERATOR:.0e} operations a second.",
             "",
             report.markdown_table(header, rows),

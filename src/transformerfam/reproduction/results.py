@@ -214,11 +214,11 @@ def results_page(
     command: str,
     about: str,
     folder: Path,
-    windows: str,
+    config: FamConfig,
 ) -> Page:
     """The page: a table for each group, a picture of what has a length or place; and the numbers.
 
-    `windows`: the reader that the memory is judged against, see `windows_of`.
+    `config`: the geometry of the model that was asked.
     """
     title, _, tables = ITEMS[name]
     cases = [case for group in groups.values() for case in group]
@@ -237,7 +237,7 @@ def results_page(
     present = {line["reader"] for line in lines}
     readers = [name for name in READERS_SHOWN if name in present]
     explained = "; ".join(f"`{name}`: {READERS_SHOWN[name]}" for name in readers)
-    if verdicts := held(groups, lines, windows):
+    if verdicts := held(groups, lines, config):
         page.lines += ["## What held here", "", *(f"- {line}" for line in verdicts), ""]
     page.lines += ["## Our numbers", "", f"Mean and standard error. {explained}.", ""]
     numbers = answers.summaries(lines, cases, readers)
@@ -255,10 +255,20 @@ def windows_of(config: FamConfig) -> str:
     return "sinks" if config.sink_tokens else "bswa"
 
 
-def held(groups: dict[str, list[Case]], lines: Sequence[evaluate.Line], windows: str) -> list[str]:
-    """A sentence on each claim: whether the model does better than the reader `windows`."""
+def _may_differ(line: evaluate.Line, config: FamConfig) -> bool:
+    """Whether a memory could be of use in a question: what all readers read alike is no evidence."""
+    plain, read_only = config.plain_length, line["task"] == "documents"
+    if read_only and config.fam_seen == "asked":
+        return False
+    return plain is not None and line["tokens"] > plain
+
+
+def held(
+    groups: dict[str, list[Case]], lines: Sequence[evaluate.Line], config: FamConfig
+) -> list[str]:
+    """A sentence on each claim: whether the model does better than its windows without feedback."""
     by_case = evaluate.grouped(lines)
-    said = []
+    said, windows = [], windows_of(config)
     for heading, cases in groups.items():
         for name, claimed in _claims(heading, cases).items():
             found = [by_case.get(evaluate.case_key(case), {}) for case in claimed]
@@ -269,8 +279,9 @@ def held(groups: dict[str, list[Case]], lines: Sequence[evaluate.Line], windows:
             if heading != _GPT3_HEADING:
                 both = [list(chain.from_iterable(both))]
             both = [each for each in both if evaluate.summarise(each, "difference")]
+            telling = [[line for line in each if _may_differ(line, config)] for each in both]
             if both:
-                said.append(_verdict(name, both, windows))
+                said.append(_verdict(name, [each for each in telling if each], windows))
     return said
 
 
@@ -298,9 +309,12 @@ def _verdict(name: str, tasks: Sequence[Sequence[evaluate.Line]], windows: str) 
 
     Args:
         name: of what is judged.
-        tasks: lines of `evaluate.paired`, at least one, of each task that weighs the same.
+        tasks: lines of `evaluate.paired` in which both could differ, of each task that weighs the same.
         windows: the reader that the model is judged against.
     """
+    claim = f"That the memory does better than its windows alone (`{windows}`), {name},"
+    if not tasks:
+        return f"{claim} **cannot be told**: all of it is read alike with a memory and without."
     first, second, difference = (
         evaluate.mean_of_tasks([s for task in tasks if (s := evaluate.summarise(task, metric))])
         for metric in ("first", "second", "difference")
@@ -311,9 +325,8 @@ def _verdict(name: str, tasks: Sequence[Sequence[evaluate.Line]], windows: str) 
         verdict = "held" if difference.mean > 0 else "did not hold: it does worse"
     spread = "" if error is None else f" ± {error:.3f}"
     return (
-        f"That the memory does better than its windows alone (`{windows}`), {name}, **{verdict}**: "
-        f"{first.mean:.3f} against {second.mean:.3f}, a difference of {difference.mean:+.3f}{spread}, "
-        f"asked {difference.count:,} times."
+        f"{claim} **{verdict}**: {first.mean:.3f} against {second.mean:.3f}, a difference of "
+        f"{difference.mean:+.3f}{spread}, asked {difference.count:,} times."
     )
 
 

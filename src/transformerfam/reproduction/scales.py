@@ -13,7 +13,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from transformerfam.config import FamConfig
-from transformerfam.cost import ModelShape, flops, state_bytes
+from transformerfam.cost import ModelShape, state_bytes, tuning_flops
 from transformerfam.errors import UserError
 from transformerfam.reproduction.experiment import Experiment, Planned, Variant
 from transformerfam.reproduction.items import Item
@@ -239,8 +239,8 @@ def estimate(shape: PaperModel, config: FamConfig, training: Mapping[str, int]) 
     """What training at the paper's size takes.
 
     Returns:
-        `tokens` read, `flops` (forward, recomputed under checkpointing, and twice for backward), and
-        `bytes` of state of one stream in bfloat16 after the longest text.
+        `tokens` read and `flops` (`cost.tuning_flops`), if all texts were as long as the longest, and
+        `bytes` of state of one stream in bfloat16 after it.
     """
     weights = count_weights(shape, FamConfig.paper())
     head = shape.width // shape.heads
@@ -254,9 +254,9 @@ def estimate(shape: PaperModel, config: FamConfig, training: Mapping[str, int]) 
         head_size=head,
     )
     tokens = training["steps"] * training["rows"] * training["longest"]
-    forward = flops(config, sizes, training["longest"]) * training["steps"] * training["rows"]
+    each = tuning_flops(config, sizes, training["longest"])
     return {
         "tokens": tokens,
-        "flops": 4.0 * forward,
+        "flops": float(each * training["steps"] * training["rows"]),
         "bytes": state_bytes(config, sizes, training["longest"], number_bytes=2),
     }

@@ -18,7 +18,7 @@ from transformerfam.tasks.cases import Case, Wanted, by_length
 from transformerfam.tasks.questions import Metrics, Say
 from transformerfam.text import start_tokens
 
-VERSION = 1
+VERSION = 2
 MOST_NEW_TOKENS = 12
 _PEOPLE = ("Mary", "John", "Sandra", "Daniel")
 _PLACES = ("bathroom", "bedroom", "garden", "hallway", "kitchen", "office")
@@ -40,7 +40,7 @@ class Story:
 def cases(kind: str, wanted: Wanted) -> list[Case]:
     """A case for each length; metric `accuracy`: the answer is said, and no other."""
     stories, answers = _stories(kind, wanted)
-    files = {"data": wanted.data["babilong"]} if "babilong" in wanted.data else {}
+    files = wanted.given("babilong") if "babilong" in wanted.data else {}
     return by_length(
         f"babilong-{kind}",
         VERSION,
@@ -85,11 +85,12 @@ def _question(
 
 
 def _score(story: Story, answers: frozenset[str], said: str) -> Metrics:
-    """Right if the first line names the answer and none of the task's other answers.
+    """Right if the first sentence names the answer and none of the task's other answers.
 
     Words of the question do not count, since they may be said again.
     """
-    words = set(re.findall(r"\w+", said.strip().partition("\n")[0].lower()))
+    first = re.split(r"[.\n]", said.strip(), maxsplit=1)[0]
+    words = set(re.findall(r"\w+", first.lower()))
     asked = set(re.findall(r"\w+", story.question.lower()))
     named = {a for a in answers if a in words and (a not in asked or a == story.answer)}
     return {"accuracy": float(named == {story.answer})}

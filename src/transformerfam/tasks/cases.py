@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
+from glob import glob
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from transformerfam.tasks.questions import Question
 from transformerfam.text import Encoder
 
 _FEWEST_WORDS = 50
-_FILLER = "filler"  # in a case's setting
+_FILLER, _FILES = "filler", "files"  # fingerprints in a case's setting
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,23 @@ class Wanted:
             digest.update(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest())
         return digest.hexdigest()[:12]
 
+    def given(self, task: str) -> dict[str, str]:
+        """The setting of a case whose data was brought: where it is, and a fingerprint of its files.
+
+        Of their names and sizes: their contents may be large. Nothing for a data set of the hub.
+        """
+        path = self.data.get(task)
+        if path is None:
+            return {"data": "hub"}
+        files = sorted(Path(found) for found in glob(path))
+        files = [
+            f for file in files for f in (sorted(file.rglob("*")) if file.is_dir() else [file])
+        ]
+        if not files:
+            return {"data": path}
+        known = "".join(f"{f.name} {f.stat().st_size}\n" for f in files if f.is_file())
+        return {"data": path, _FILES: hashlib.sha256(known.encode()).hexdigest()[:12]}
+
     def path(self, task: str) -> str:
         """Where the data of a task is.
 
@@ -123,7 +141,7 @@ class Case:
         others = [
             data_name(Path(v)) if k == "data" else str(v)
             for k, v in self.setting.items()
-            if k not in (self.axis, _FILLER) and v is not None
+            if k not in (self.axis, _FILLER, _FILES) and v is not None
         ]
         return " ".join([self.task, *others])
 

@@ -29,7 +29,7 @@ def cases(wanted: Wanted) -> list[Case]:
         Case(
             task="documents",
             version=VERSION,
-            setting={"data": path, "most_tokens": wanted.most_tokens},
+            setting={**wanted.given("documents"), "most_tokens": wanted.most_tokens},
             count=min(wanted.samples, len(rows)),
             make=partial(_question, wanted, rows),
             metric="accuracy",

@@ -73,8 +73,17 @@ def cases(name: str, wanted: Wanted) -> list[Case]:
             ) from None
     if not questions:
         raise UserError(f"{path} has no question.")
-    setting = {"data": path}
-    return [Case(name, VERSION, setting, len(questions), questions.__getitem__, metric, axis="")]
+    return [
+        Case(
+            name,
+            VERSION,
+            wanted.given(name),
+            len(questions),
+            questions.__getitem__,
+            metric,
+            axis="",
+        )
+    ]
 
 
 # ---- rows to questions

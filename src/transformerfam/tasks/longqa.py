@@ -5,8 +5,9 @@
     xlsum                   say the summary; ROUGE-L in the article's language, see `rouge`
     longqa                  rows {input, instructions, outputs}, as those of L-Eval
 
-Rows come from the hub or from a local file of the same columns: those of SCROLLS for qasper and
-quality ({input, output}, the question first), of NarrativeQA ({document, question, answers}) and of
+Rows come from the hub or from a local file of the same columns: those of SCROLLS ({input, output}, the
+question first; rows of the same input are one question with several references), for narrativeqa also
+its own ({document, question, answers}), and of
 XL-Sum ({text, summary}, perhaps with the language: {language} or {lang}).
 """
 
@@ -27,7 +28,7 @@ from transformerfam.tasks.cases import Case, Wanted
 from transformerfam.tasks.questions import Choose, Metrics, Question, Say
 from transformerfam.text import start_tokens
 
-VERSION = 1
+VERSION = 2
 _ENGLISH = "english"
 _OPTION = re.compile(r"^\s*\(([A-D])\)\s*(.*)$", re.MULTILINE)
 
@@ -75,10 +76,7 @@ def cases(name: str, wanted: Wanted) -> list[Case]:
     """One case: the first `samples` questions."""
     source = SOURCES[name]
     asked = _questions(name, source, wanted)
-    setting: dict[str, Any] = {
-        "data": wanted.data.get(name, "hub"),
-        "most_tokens": wanted.most_tokens,
-    }
+    setting: dict[str, Any] = {**wanted.given(name), "most_tokens": wanted.most_tokens}
     languages = sorted({one.language for one in asked} - {_ENGLISH})
     words = {language: rouge.Words(language) for language in languages}
     if words:
@@ -117,12 +115,21 @@ def _questions(name: str, source: Source, wanted: Wanted) -> list[Asked]:
                 f"Row {number} of {wanted.data.get(name, name)} is none of {name}: "
                 f"{type(error).__name__} {error}."
             ) from None
-        found += [_in_a_language(one, wanted) for one in read]
-        if len(found) >= wanted.samples:
+        for one in read:
+            _add(_in_a_language(one, wanted), found)
+        if len(found) > wanted.samples:  # the last one wanted has no more references
             break
     if not found:
         raise UserError(f"{wanted.data.get(name, name)} has no question.")
     return found[: wanted.samples]
+
+
+def _add(asked: Asked, found: list[Asked]) -> None:
+    """One more question, or one more reference of the last: SCROLLS has a row for each."""
+    if found and replace(found[-1], answers=asked.answers) == asked:
+        found[-1] = replace(asked, answers=[*found[-1].answers, *asked.answers])
+    else:
+        found.append(asked)
 
 
 def _in_a_language(asked: Asked, wanted: Wanted) -> Asked:
@@ -154,7 +161,8 @@ def _question(asked: Asked, source: Source, wanted: Wanted, words: rouge.Words |
 
 
 def _score(answers: Sequence[str], words: rouge.Words | None, said: str) -> Metrics:
-    """The best over the references, as the tasks' authors do."""
+    """The best over the references, as the tasks' authors do; of the first line that was said."""
+    said = said.strip().partition("\n")[0]
     return {
         "rougeL": rouge.rouge_l(answers, said, words),
         "f1": max(f1(answer, said) for answer in answers),
@@ -179,6 +187,9 @@ def _plain_words(text: str) -> list[str]:
 
 
 def _narrativeqa(row: Mapping[str, Any]) -> list[Asked]:
+    """Rows of SCROLLS, or of the data set that it took them from."""
+    if "document" not in row:
+        return _scrolls(row)
     answers = [answer["text"] for answer in row["answers"]]
     question = row["question"]["text"]
     return [Asked(_READ, row["document"]["text"], _ask(question), answers)]
@@ -226,7 +237,9 @@ _SCROLLS = (
 )
 
 SOURCES = {
-    "narrativeqa": Source(("deepmind/narrativeqa", None, "test"), _narrativeqa, 50, "rougeL"),
+    "narrativeqa": Source(
+        (_SCROLLS.format("narrative_qa"), None, "validation"), _narrativeqa, 50, "rougeL"
+    ),
     "qasper": Source((_SCROLLS.format("qasper"), None, "validation"), _scrolls, 80, "rougeL"),
     "quality": Source((_SCROLLS.format("quality"), None, "validation"), _quality, 1, "accuracy"),
     "xlsum": Source(("csebuetnlp/xlsum", "{language}", "test"), _xlsum, 80, "rougeL"),

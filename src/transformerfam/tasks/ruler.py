@@ -4,7 +4,7 @@
     niah-multikey   four words with numbers, one is asked for
     niah-multivalue one word with four numbers, all are asked for
     vt              variable tracking: one chain of four assignments
-    cwe             common words: 10 words come 30 times, all others 3 times
+    cwe             common words: 10 words come 30 times, all others, or pairs of them, 3 times
 
 Scored as RULER does: the share of the references that are in what was said.
 """
@@ -23,7 +23,7 @@ from transformerfam.tasks.cases import Case, Wanted, by_length
 from transformerfam.tasks.questions import Metrics, Say
 from transformerfam.text import start_tokens
 
-VERSION = 1
+VERSION = 2
 KINDS = ("niah", "niah-multikey", "niah-multivalue", "vt", "cwe")
 MOST_NEW_TOKENS = {"vt": 30, "cwe": 120}  # 128 for needles
 _NEEDLES = {
@@ -33,6 +33,7 @@ _NEEDLES = {
 }  # keys, values of each
 _HOPS = 4
 _COMMON, _COMMON_TIMES, _OTHER_TIMES = 10, 30, 3
+_LEAST_TOKENS = 3  # of an entry of a list: its number, a point, a word
 
 
 def cases(kind: str, wanted: Wanted) -> list[Case]:
@@ -139,6 +140,9 @@ def _common_words(
     words = wanted.words
     order = rng.sample(words, len(words))
     common, others = order[:_COMMON], order[_COMMON:]
+    # Long lists want more words than a text has: pairs of them.
+    while len(others) * _OTHER_TIMES * _LEAST_TOKENS < length:
+        others = list(dict.fromkeys([*others, *("-".join(rng.sample(words, 2)) for _ in words)]))
 
     def listed(count: int) -> list[int]:
         shown = [*common * _COMMON_TIMES, *others[:count] * _OTHER_TIMES]

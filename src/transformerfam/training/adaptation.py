@@ -26,6 +26,7 @@ from transformerfam.extras import require
 from transformerfam.models import (
     ADAPTER_FAM_CONFIG,
     adapter_folder,
+    adapter_geometry,
     is_trained,
     load,
     put_adapter,
@@ -47,6 +48,8 @@ def load_for_training(recipe: Recipe) -> tuple[Any, Any]:
     if not is_trained(model):
         initialise_prompt(model, recipe.model.prompt, recipe.run.seed)
     adapter = adapter_folder(recipe.model.adapter, recipe.model.base)
+    if adapter:
+        _check_way(adapter, recipe.fam)
     return adapt(model, recipe.train, recipe.run.seed, adapter=adapter), tokenizer
 
 
@@ -127,6 +130,16 @@ def _go_on_from(adapter: str, model: Any, settings: TrainSettings) -> Any:
             of_ours = any(module in name for module in added)
             parameter.requires_grad_(parameter.requires_grad and of_ours)
     return adapted
+
+
+def _check_way(adapter: str, wanted: FamConfig) -> None:
+    """Refuse to let tokens through an adapter that was trained for FAM alone, or the other way round."""
+    trained_with = adapter_geometry(adapter, otherwise=wanted)
+    if trained_with.adapted != wanted.adapted:
+        raise UserError(
+            f'The adapter {adapter} was trained with fam.adapted="{trained_with.adapted}", and the '
+            f'recipe has "{wanted.adapted}"; give it the same.'
+        )
 
 
 def _check_ties(model: Any, targets: Sequence[str]) -> None:

@@ -31,11 +31,14 @@ from transformerfam.files import sync_folder
 from transformerfam.layer_memory import LayerMemory
 from transformerfam.memory import Memory
 from transformerfam.training.recipe import Recipe
+from transformerfam.training.settings import SourceSettings
 from transformerfam.training.steps import Carried
+from transformerfam.training.values import plain_values
 
 # A run that goes on may be longer or slower, but it trains the same thing on the same data.
 _FIXED_SECTIONS = ("model", "fam", "train", "data", "feedback", "replay")
 _FIXED_SETTINGS = (("run", "seed"), ("optimizer", "name"))
+_SOURCE = plain_values(SourceSettings())
 
 _NAME = re.compile(r"step-(\d+)")
 _GATHER = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
@@ -216,8 +219,18 @@ def changed_setting(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> str |
         fixed.append(("run", "precision"))  # carried memories are of that type
     for section, key in fixed:
         default = defaults[section].get(key)
-        if theirs[section].get(key, default) != ours[section].get(key, default):
+        before, now = (whose[section].get(key, default) for whose in (theirs, ours))
+        if (section, key) == ("data", "sources"):
+            before, now = ([{**_SOURCE, **source} for source in all_] for all_ in (before, now))
+        if before != now:
             return f"{section}.{key}"
+    # Adafactor without β1 has no moments to go on with.
+    if ours["optimizer"].get("name") == "adafactor":
+        betas = [
+            w["optimizer"].get("beta1", defaults["optimizer"]["beta1"]) for w in (theirs, ours)
+        ]
+        if bool(betas[0]) != bool(betas[1]):
+            return "optimizer.beta1"
     return None
 
 
