@@ -208,6 +208,16 @@ def test_a_claim_is_judged_seed_by_seed(reach: list[tuple[int, int]], verdict: s
     assert "not measured" in page.judge(Claim("FAM", "M9"), ITS, curves)
 
 
+def test_who_has_learned_nothing_cannot_be_beaten() -> None:
+    longest = ITS.longest
+    knows, learned_nothing = {longest: 1.0, 200: 0.1}, {longest: 0.1, 200: 0.1}
+    curves = {"M1": [knows, learned_nothing], "FAM": [{longest: 1.0, 200: 0.9}] * 2}
+    said = page.judge(Claim("FAM", "M1"), ITS, curves)
+    assert "**cannot be told: M1 learned nothing in 1 of 2 seeds**: 0.900 against 0.100" in said
+    curves["M1"] = [knows] * 2
+    assert "**held**" in page.judge(Claim("FAM", "M1"), ITS, curves)
+
+
 def test_two_that_are_at_chance_are_not_told_apart() -> None:
     curves = {"M1": [{4: 0.09, 200: 0.11}] * 2, "FAM": [{4: 0.13, 200: 0.12}] * 2}
     assert "**cannot be told" in page.judge(Claim("FAM", "M1"), ITS, curves)

@@ -16,13 +16,17 @@ from transformerfam.tasks.cases import Case, data_name
 def table_of(
     lines: Sequence[Line], cases: Sequence[Case], readers: Sequence[str]
 ) -> tuple[list[str], list[list[str]]]:
-    """Header and rows: mean and standard error of each case's metric, one column a reader."""
+    """Header and rows: mean and standard error of each case's metric, one column a reader.
+
+    Where a reader left out what was too long for it, of how many questions: they are the easier ones.
+    """
     by_case = grouped(lines)
     rows = []
     for case in cases:
         found = by_case.get(case_key(case), {})
-        cells = [cell(summarise(found.get(reader, []), case.metric)) for reader in readers]
-        rows.append([named(case), case.metric, *cells])
+        sums = [summarise(found.get(reader, []), case.metric) for reader in readers]
+        most = max((s.count for s in sums if s is not None), default=0)
+        rows.append([named(case), case.metric, *(cell(s, most) for s in sums)])
     return ["task", "metric", *readers], rows
 
 
@@ -32,12 +36,13 @@ def named(case: Case) -> str:
     return case.label if length is None else f"{case.label} {report.tokens_short(length)}"
 
 
-def cell(summary: Summary | None) -> str:
-    """A mean and its standard error, as a table shows them."""
+def cell(summary: Summary | None, questions: int = 0) -> str:
+    """A mean and its standard error, as a table shows them; of fewer questions than others had, how many."""
     if summary is None:
         return "–"
     error = "" if summary.error is None else f" ± {summary.error:.3f}"
-    return f"{summary.mean:.3f}{error}"
+    fewer = f" ({summary.count} of {questions})" if summary.count < questions else ""
+    return f"{summary.mean:.3f}{error}{fewer}"
 
 
 def summaries(

@@ -109,6 +109,7 @@ def judge(claim: Claim, its: Experiment, curves: Curves) -> str:
     )
     wins = sum(a > b for a, b in zip(more, less, strict=True))
     losses = sum(a < b for a, b in zip(more, less, strict=True))
+    worse = claim.less if wins >= losses else claim.more
     where = "all lengths" if claim.within else "lengths beyond those trained on"
     means = f"{statistics.mean(more):.3f} against {statistics.mean(less):.3f} over {where}"
     if (
@@ -116,6 +117,8 @@ def judge(claim: Claim, its: Experiment, curves: Curves) -> str:
         and max(map(statistics.mean, (more, less))) < _HARDLY_ANYTHING[its.unit]
     ):
         verdict = "**cannot be told, since neither says much more than chance**"
+    elif its.kind == "passkey" and (failed := _failures(its, curves[worse])):
+        verdict = f"**cannot be told: {worse} learned nothing in {failed} of {len(more)} seeds**"
     else:
         verdict = _verdict(wins, losses, len(more), claim.paper)
     question = f" ({ASKED[claim.asked]})" if claim.asked else ""
@@ -143,14 +146,18 @@ def learned_nothing(its: Experiment, curves: Curves) -> list[str]:
     """Which variants, in how many seeds, do not know texts as they were trained on."""
     lines = []
     for name, seeds in curves.items():
-        within = [[share for n, share in seed.items() if n <= its.longest] for seed in seeds]
-        failed = sum(max(s) < _HARDLY_ANYTHING[its.unit] for s in within if s)
-        if failed:
+        if failed := _failures(its, seeds):
             lines.append(
                 f"{name} learned nothing in {failed} of {len(seeds)} seeds: texts as long as those of "
                 "training are answered by chance."
             )
     return lines
+
+
+def _failures(its: Experiment, seeds: Sequence[Mapping[int, float]]) -> int:
+    """Seeds of a variant that answer by chance what they were trained on."""
+    within = [[share for n, share in seed.items() if n <= its.longest] for seed in seeds]
+    return sum(max(shares) < _HARDLY_ANYTHING[its.unit] for shares in within if shares)
 
 
 def reach_of(its: Experiment, curves: Curves) -> list[str]:
@@ -197,8 +204,9 @@ def item_page(name: str, item: Item, found: Found, command: str, folder: Path) -
     page.lines += ["## What held here", "", *(f"- {line}" for line in verdicts), ""]
     if len(seeds) > 1 and item.claims:
         page.lines += [
-            f"What held did so in each of {len(seeds)} seeds. Of two variants that are equally good, "
-            f"one does better in each of them once in {2 ** len(seeds)} times.",
+            f"What held, or did not, did so in each of {len(seeds)} seeds, which are asked the same "
+            "texts. Of two variants that are equally good, one or the other does better in each of "
+            f"them once in {2 ** (len(seeds) - 1)} times.",
             "",
         ]
     if item.said:
