@@ -15,7 +15,7 @@ from command_line import Run, refused
 from families import converted, some_tokens, tiny
 
 from transformerfam import FamConfig, conversion, evaluate
-from transformerfam.answers import panels_of, places_of, summaries
+from transformerfam.answers import panels_of, places_of, summaries, table_of
 from transformerfam.errors import UserError
 from transformerfam.readers import Reader, readers_of
 from transformerfam.tasks.cases import Case
@@ -294,6 +294,14 @@ def result(length: int, value: float, reader: str = "model", number: int = 0) ->
         "metric": "exact",
         "metrics": {"exact": value},
     }
+
+
+def test_who_left_questions_out_is_not_taken_for_better() -> None:
+    case = Case("passkey", 1, {"length": 100}, 3, lambda _: pytest.fail("asked"), "exact")
+    lines = [result(100, value, number=n) for n, value in enumerate([1.0, 0.0, 0.0])]
+    lines.append(result(100, 1.0, "full"))
+    _, rows = table_of(lines, [case], ["model", "full"])
+    assert rows == [["passkey 100", "exact", "0.333 ± 0.333", "1.000 (1 of 3)"]]
 
 
 def test_a_figure_has_a_panel_a_task_and_a_curve_a_reader() -> None:

@@ -37,7 +37,7 @@ def named(case: Case) -> str:
 
 
 def cell(summary: Summary | None, questions: int = 0) -> str:
-    """A mean and its standard error, as a table shows them; of fewer questions than others had, how many."""
+    """A mean and its standard error; where others had more questions, of how many."""
     if summary is None:
         return "–"
     error = "" if summary.error is None else f" ± {summary.error:.3f}"
