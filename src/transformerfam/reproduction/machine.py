@@ -81,6 +81,11 @@ def figure11(making: Making) -> Page:
         [str(layer.layer), f"{r:.3f}", f"{in_last:.3f}", f"{f:.2f}"]
         for layer, r, in_last, f in zip(found.layers, read, last, few, strict=True)
     ]
+    asked = (
+        " It shows its memory only to what is asked, and here everything is."
+        if found.config.fam_seen == "asked"
+        else ""
+    )
     header = ["layer", "read from FAM", "in the last block", "by a tenth of the block's tokens"]
     page = Page(
         "figure11", ["# Figure 11: attention maps with FAM", "", f"    {making.command}", ""]
@@ -89,7 +94,7 @@ def figure11(making: Making) -> Page:
     page.lines += [
         f"SmolLM2-135M-Instruct, {'trained' if adapter else 'nothing trained'}, reads {len(ids):,} "
         f"tokens of the Python language reference in blocks of {B:,} with {found.config.fam_length} "
-        "feedback slots.",
+        f"feedback slots.{asked}",
         "",
         "## What held here",
         "",
