@@ -45,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--tokens",
         metavar="TOKENS",
         type=options.whole(_FIRST_ASKED),
-        default=5000,
+        default=10_000,
         help="how much to read (default: %(default)s)",
     )
     parser.add_argument(
