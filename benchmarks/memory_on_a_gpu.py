@@ -5,7 +5,8 @@
         --adapter shipped --from smollm2-updates
 
 The same as `fam train` with each recipe, from the adapter of the one before, in larger steps. To record
-a step takes half a second a block: texts are of a length or two here, where the recipes have many.
+a step takes half a second a block: texts are of a length or two here, where the recipes have many. Steps
+that replay their prose are not recorded.
 A stage that has its adapter in OUT is not done again, and one that was broken off goes on from its last
 checkpoint. Minutes are those of training: loading takes half a minute more a stage. What is in
 OUT/adapter in the end is small enough to be carried about (bfloat16). `--check` takes one short step of
@@ -55,7 +56,7 @@ STAGES: tuple[tuple[str, float, int, tuple[int, ...], tuple[str, ...]], ...] = (
 )
 NAMES = [name for name, *_ in STAGES]
 ON_A_GPU = ("model.dtype=bfloat16", "run.precision=bf16", "run.checkpoint_every=50")
-CHECK = ("run.steps=1", "data.batch_size=2")
+CHECK = ("run.steps=1", "data.batch_size=2", "data.micro_batch_size=0")
 
 
 def recipe(stage: int, args: argparse.Namespace) -> Recipe:
@@ -72,13 +73,14 @@ def recipe(stage: int, args: argparse.Namespace) -> Recipe:
         changes.append(f"model.adapter={args.out / NAMES[stage - 1]}")
     elif args.adapter:
         changes.append(f"model.adapter={args.adapter}")
+    replays = bool(Recipe.load(find(name), []).replay.blocks)
     if args.check:
-        return Recipe.load(find(name), [*changes, *CHECK])
+        short = ("replay.blocks=4", "replay.times=1") if replays else ()
+        return Recipe.load(find(name), [*changes, *CHECK, *short])
     share /= sum(share for _, share, *_ in STAGES[first:])
     changes += [*ON_A_GPU, f"run.minutes={share * args.minutes}"]
-    return Recipe.load(
-        find(name), [*changes, f"run.cuda_graphs={'true' if args.record else 'false'}"]
-    )
+    recorded = "true" if args.record and not replays else "false"
+    return Recipe.load(find(name), [*changes, f"run.cuda_graphs={recorded}"])
 
 
 def carried(folder: Path, to: Path) -> None:
