@@ -24,7 +24,6 @@ from torch import Tensor
 from transformerfam.config import FamConfig
 from transformerfam.conversion import reconfigure, restore
 from transformerfam.memory import Memory
-from transformerfam.modules import adapted_modules
 
 
 @dataclass
@@ -110,13 +109,9 @@ def readers(model: Any, config: FamConfig) -> list[Reader]:
     windows = config.without_feedback()
     remembering = {config.memory_name: config} if config != windows else {}
     compared = {**remembering, config.attention.upper(): windows}
-    full = restore(twin(model))
-    if config.adapted == "fam":  # no way of FAM is left for it
-        for module in adapted_modules(full):
-            module.enable_adapters(False)
     return [
         *(Reader(name, reconfigure(twin(model), own)) for name, own in compared.items()),
-        Reader("full attention", full),
+        Reader("full attention", restore(twin(model))),
     ]
 
 

@@ -20,7 +20,7 @@ from transformerfam.auto import FamFamilyConfig, register_family
 from transformerfam.config import FamConfig
 from transformerfam.memory import all_or_nothing
 from transformerfam.modeling import FamForCausalLM, install, uninstall
-from transformerfam.modules import add_gates, add_prompt, decoder_of, layers_of
+from transformerfam.modules import adapted_modules, add_gates, add_prompt, decoder_of, layers_of
 from transformerfam.probe import UnsupportedModelError, run_probe
 
 PromptStart = Literal["start", "vocabulary"]
@@ -75,9 +75,15 @@ def convert(
 
 
 def restore(model: PreTrainedModel, attention: str = "sdpa") -> PreTrainedModel:
-    """The inverse of `convert`, in place: the plain model with transformers' own attention."""
+    """The inverse of `convert`, in place: the plain model with transformers' own attention.
+
+    An adapter of FAM alone is switched off: no way of FAM is left for it.
+    """
     if not is_transformerfam(model):
         return model
+    if model.fam_config.adapted == "fam":
+        for module in adapted_modules(decoder_of(model)):
+            module.enable_adapters(False)
     plain_class = type(model).__bases__[1]
     uninstall(model, plain_class)
     config = _take_own_config(model)
