@@ -62,24 +62,23 @@ CHECK = ("run.steps=1", "data.batch_size=2", "data.micro_batch_size=0")
 def recipe(stage: int, args: argparse.Namespace) -> Recipe:
     """A stage, which goes on from the adapter of the one before."""
     name, share, rows, lengths, larger = STAGES[stage]
+    own = Recipe.load(find(name), [])
     changes = [*larger, f"run.output={args.out / name}", f"model.base={args.model}"]
     changes += [f"data.filler={args.filler}", f"data.batch_size={rows}"]
     if lengths:
         each = ",".join(map(str, lengths))
-        sources = range(len(Recipe.load(find(name), []).data.sources))
-        changes += [f"data.sources.{i}.lengths={each}" for i in sources]
+        changes += [f"data.sources.{i}.lengths={each}" for i in range(len(own.data.sources))]
     first = NAMES.index(args.first)
     if stage > first:
         changes.append(f"model.adapter={args.out / NAMES[stage - 1]}")
     elif args.adapter:
         changes.append(f"model.adapter={args.adapter}")
-    replays = bool(Recipe.load(find(name), []).replay.blocks)
     if args.check:
-        short = ("replay.blocks=4", "replay.times=1") if replays else ()
+        short = ("replay.blocks=4", "replay.times=1") if own.replay.blocks else ()
         return Recipe.load(find(name), [*changes, *CHECK, *short])
     share /= sum(share for _, share, *_ in STAGES[first:])
     changes += [*ON_A_GPU, f"run.minutes={share * args.minutes}"]
-    recorded = "true" if args.record and not replays else "false"
+    recorded = "true" if args.record and not own.replay.blocks else "false"
     return Recipe.load(find(name), [*changes, f"run.cuda_graphs={recorded}"])
 
 

@@ -304,11 +304,11 @@ def check_one_text(position_ids: Tensor | None, attention_mask: Tensor | None) -
         return
     if torch.compiler.is_compiling():
         return  # nothing is looked at while a graph is made
-    falls = position_ids[:, 1:] < position_ids[:, :-1]
-    if attention_mask is not None and attention_mask.dim() == 2:
-        tokens = attention_mask[:, -position_ids.shape[1] :].bool()
-        if tokens.shape[1] == position_ids.shape[1]:
-            falls = falls & tokens[:, 1:] & tokens[:, :-1]
+    falls = (position_ids[:, 1:] < position_ids[:, :-1]).cpu()
+    rows = 0 if attention_mask is None else len(attention_mask)
+    valid = valid_columns(attention_mask, rows, position_ids.shape[1])
+    if valid is not None:
+        falls = falls & valid[:, 1:] & valid[:, :-1]
     if bool(falls.any()):
         raise ValueError(
             "The position_ids begin anew within a row, as if several texts were packed into it, and a "

@@ -48,12 +48,12 @@ def _lines(path: str) -> Iterator[Mapping[str, Any]]:
     with file:
         for number, line in enumerate(file, 1):
             try:
-                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
-                row = json.loads(text) if text.strip() else None
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
+                if not text:
+                    continue
+                row = json.loads(text)
             except ValueError as error:
                 raise UserError(f"{path}:{number} is not JSON: {error}.") from None
-            if not text.strip():
-                continue
             if not isinstance(row, dict):
                 raise UserError(f"{path}:{number} is not an object with named columns.")
             yield row
