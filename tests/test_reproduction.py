@@ -561,7 +561,7 @@ def test_all_goes_on_after_an_item_that_a_scale_does_not_have(
 UNUSED = {
     "table10": ["--seeds 2", "--steps 9", "--scale paper", "--lengths 64", "--adapter shipped"],
     "table5": ["--adapter shipped", "--data .", "--cut 99", "--steps 7 --scale paper"],
-    "results": ["--seeds 2 --data .", "--workers 1 --data ."],
+    "results": ["--seeds 2 --data .", "--steps 9 --data ."],
     "table12": ["--cut 99 --data .", "--lengths 64 --data ."],
     "table14": ["--rows 3"],
 }

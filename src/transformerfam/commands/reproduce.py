@@ -82,8 +82,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--workers",
         metavar="COUNT",
         type=options.whole(1),
-        help="runs at a time, each on one core, or on the accelerator at the scale small (default: 2 "
-        "for toys, else 1)",
+        help="runs at a time, each on one core, or on the accelerator at the scale small; for results "
+        "and table2 processes that share the questions (default: 2 for toys, else 1)",
     )
     parser.add_argument(
         "--out",
@@ -235,7 +235,7 @@ def _used(name: str, scale: str) -> set[str]:
         return {"--scale"} if scale == "paper" else {*_TRAINING, "--lengths"}
     if name in results.ITEMS:
         of_made_up = {"--cut", "--lengths"} if results.asks_more_than_gpt3(name) else set()
-        return {"--adapter", "--data", "--dtype", "--rows", "--samples"} | of_made_up
+        return {*_ASKING, "--workers"} - {"--cut"} | of_made_up
     return {"--lengths"} if name in WITH_LENGTHS else {"--adapter"} if name == "figure11" else set()
 
 
@@ -258,8 +258,7 @@ def _given(option: str, args: argparse.Namespace) -> bool:
 def _results(name: str, args: argparse.Namespace, folder: Path, command: str) -> Page:
     """Ask a pretrained model about real data."""
     from transformerfam import answers, evaluate
-    from transformerfam.models import load
-    from transformerfam.reproduction import results
+    from transformerfam.reproduction import asking, results
 
     if args.data is None:
         raise UserError(f"{name} asks about real data; give it with --data FOLDER.")
@@ -273,18 +272,14 @@ def _results(name: str, args: argparse.Namespace, folder: Path, command: str) ->
         sizes = replace(sizes, lengths=lengths, most_tokens=lengths[-1])
     if args.cut:
         sizes = replace(sizes, most_tokens=args.cut)
-    untrained = None if args.adapter else results.UNTRAINED
-    model, tokenizer = load(config=untrained, dtype=args.dtype, adapter=args.adapter)
-    changed = args.adapter and model.fam_config.adapted == "all"
-    base = load(dtype=args.dtype)[0] if changed else None
-    groups = results.cases_of(name, Path(args.data), tokenizer, sizes)
-    progress, kept = report.Progress(quiet=args.quiet), folder / "answers"
-    cases = [case for group in groups.values() for case in group]
-    for done, count, asked, _ in results.ask(model, base, cases, kept):
+    kept = folder / "answers"
+    its = asking.Asking(name, Path(args.data), sizes, args.adapter, args.dtype, kept)
+    opened, progress = its.open(), report.Progress(quiet=args.quiet)
+    for done, count, asked in asking.ask(its, opened, args.workers or 1):
         progress.update(f"{done:,}/{count:,}   {answers.named(asked.case)}, {asked.reader.name}")
-    lines = evaluate.read_results(kept)[1]
-    about = results.describe(model, args.adapter, Path(args.data))
-    return results.results_page(name, groups, lines, command, about, folder, model.fam_config)
+    lines, about = evaluate.read_results(kept)[1], asking.describe(its, opened.model)
+    config = opened.model.fam_config
+    return results.results_page(name, opened.groups, lines, command, about, folder, config)
 
 
 def _found(name: str, args: argparse.Namespace, folder: Path) -> Found:

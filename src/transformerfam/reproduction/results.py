@@ -4,14 +4,14 @@ Data is a folder that people bring: `books/` and `proofs/` (texts), `longqa/` (r
 `tasks/` (GPT-3's tasks in llm-foundry's files), `babi/` (bAbI's). What is not there is not asked.
 Four readers of the same weights answer: the model as it is, its windows without and with sinks
 (StreamingLLM), and full attention up to what it was trained for; and if an adapter has changed them, the
-weights as they were before. Every answer is kept when it is given, so that what was stopped goes on.
+weights as they were before (`asking`).
 """
 
 from __future__ import annotations
 
 import glob
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
@@ -23,7 +23,7 @@ from transformerfam.data.files import plain_texts
 from transformerfam.errors import UserError
 from transformerfam.files import whole_file
 from transformerfam.plots import draw_curves
-from transformerfam.readers import READERS, readers_of
+from transformerfam.readers import READERS
 from transformerfam.reproduction.page import Page, papers_tables
 from transformerfam.tasks import TASKS, Case, Wanted
 
@@ -183,28 +183,6 @@ def cases_of(name: str, data: Path, tokenizer: Any, sizes: Sizes) -> dict[str, l
             "docs/evaluation.md."
         )
     return {title: cases for title, cases in groups.items() if cases}
-
-
-def ask(
-    model: Any, base: Any, cases: Sequence[Case], folder: Path
-) -> Iterator[tuple[int, int, evaluate.Ask, evaluate.Line]]:
-    """Put all questions to all readers; (answers given, of how many, question, answer).
-
-    Args:
-        model: a TransformerFAM.
-        base: the same before it was trained, which reads with full attention; None: it was not, or
-            only FAM's way through it was, and full attention is the same with and without.
-        cases: what to ask.
-        folder: where answers are kept.
-    """
-    readers = readers_of(model, READERS, full_limit=None)
-    if base is not None:
-        (full,) = readers_of(base, ["full"], full_limit=None)
-        readers.append(replace(full, name=BASE))
-    results = evaluate.Results(folder, readers, seed=0)
-    todo = [each for each in evaluate.plan(readers, cases) if each.key not in results.done]
-    for done, (asked, line) in enumerate(evaluate.evaluate(todo, results), 1):
-        yield done, len(todo), asked, line
 
 
 def results_page(
@@ -392,21 +370,3 @@ def _got_worse(lines: Sequence[evaluate.Line], cases: Sequence[Case], before: st
     if not worse:
         return f"In none of them is the model worse than `{before}` by more than a standard error."
     return f"Worse than `{before}` by more than a standard error: {', '.join(worse)}."
-
-
-def describe(model: Any, adapter: str | None, data: Path) -> str:
-    """Who is asked, in a sentence, and what `data/about.txt` says of the data, if it is there."""
-    about = data / "about.txt"
-    told = (
-        f"\n\n{about.read_text(encoding='utf-8', errors='replace').strip()}"
-        if about.is_file()
-        else ""
-    )
-    with_adapter = f" with the adapter {adapter}" if adapter else ", nothing trained"
-    numbers = str(model.dtype).removeprefix("torch.")
-    return (
-        f"{Path(str(model.config._name_or_path)).name}{with_adapter}: {model.fam_config.describe()}, in "
-        f"{numbers}. "
-        "Texts of one block are read alike by all readers of the same weights: the first block sees no "
-        f"FAM, and lies in every window.{told}"
-    )

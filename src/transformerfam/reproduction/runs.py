@@ -12,6 +12,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -57,19 +58,26 @@ def _in_processes(
     runs: Sequence[Run], work: Callable[[Run], Result], workers: int
 ) -> Iterator[tuple[Run, Result]]:
     """Runs and their results, in the order in which they end."""
+    with processes(workers) as pool:
+        futures = {pool.submit(work, run): run for run in runs}
+        for future in as_completed(futures):
+            yield futures[future], future.result()
+
+
+@contextmanager
+def processes(count: int) -> Iterator[ProcessPoolExecutor]:
+    """So many processes of one thread each, which are ended when something goes wrong in this one."""
     pool = ProcessPoolExecutor(
-        workers, mp_context=multiprocessing.get_context("spawn"), initializer=_end_with_parent
+        count, mp_context=multiprocessing.get_context("spawn"), initializer=_end_with_parent
     )
     with _one_thread_each(), pool:
-        futures = {pool.submit(work, run): run for run in runs}
         try:
-            for future in as_completed(futures):
-                yield futures[future], future.result()
+            yield pool
         except BaseException:
             # Before the pool is shut down, which forgets its processes.
-            processes = list((getattr(pool, "_processes", None) or {}).values())
+            started = list((getattr(pool, "_processes", None) or {}).values())
             pool.shutdown(wait=False, cancel_futures=True)
-            for process in processes:
+            for process in started:
                 process.terminate()
             raise
 
