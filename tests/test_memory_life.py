@@ -100,12 +100,19 @@ class MemoryLife(RuleBasedStateMachine):
         self.known.append(life)
         return life
 
+    @rule(life=lives, asked=st.booleans())
+    def read(self, life: Life, asked: bool) -> None:
+        """A block and something on, so that every row has something to lose."""
+        self._read(life, [B + 1 + r for r in range(len(life.rows))], asked)
+
     @rule(life=lives, data=st.data(), asked=st.booleans())
-    def read(self, life: Life, data: st.DataObject, asked: bool) -> None:
-        width = data.draw(st.integers(1, 2 * B + 1))
-        counts = data.draw(
-            st.lists(st.integers(0, width), min_size=len(life.rows), max_size=len(life.rows))
-        )
+    def read_any(self, life: Life, data: st.DataObject, asked: bool) -> None:
+        rows = len(life.rows)
+        counts = data.draw(st.lists(st.integers(0, 2 * B + 1), min_size=rows, max_size=rows))
+        self._read(life, counts, asked)
+
+    def _read(self, life: Life, counts: list[int], asked: bool) -> None:
+        width = max(1, *counts)
         self.seed += 1
         ids = some_tokens(len(life.rows), width, seed=self.seed)
         mask = torch.arange(width) < torch.tensor(counts)[:, None]
@@ -173,8 +180,8 @@ class MemoryLife(RuleBasedStateMachine):
 
 TestMemoryLife = MemoryLife.TestCase
 TestMemoryLife.settings = settings(
-    max_examples=25,
-    stateful_step_count=12,
+    max_examples=100,
+    stateful_step_count=15,
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
 )

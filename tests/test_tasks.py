@@ -298,6 +298,24 @@ def test_rows_of_one_question_are_its_references(tmp_path: Path) -> None:
         assert only(name, data={name: str(file)}).count == 2
 
 
+def test_each_document_is_asked_about_once_before_one_is_asked_about_again(tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    rows = [
+        {"input": name, "instructions": [f"{name}{n}?" for n in "123"], "outputs": ["a", "b", "c"]}
+        for name in ("One", "Two", "Three")
+    ]
+    file.write_text("\n".join(map(json.dumps, rows)))
+
+    def asked(samples: int) -> list[str]:
+        case = only("longqa", data={"longqa": str(file)}, samples=samples)
+        shown = [text(whole(case.make(number))) for number in range(case.count)]
+        return [one.partition("Question: ")[2].partition("?")[0] for one in shown]
+
+    assert asked(2) == ["One1", "Two1"]
+    assert asked(5) == ["One1", "Two1", "Three1", "One2", "Two2"]
+    assert asked(99)[5:] == ["Three2", "One3", "Two3", "Three3"]
+
+
 def test_other_files_in_a_folder_are_other_documents(tmp_path: Path) -> None:
     def setting() -> dict[str, Any]:
         return dict(only("documents", data={"documents": str(tmp_path)}).setting)

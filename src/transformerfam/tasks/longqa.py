@@ -19,6 +19,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import chain, zip_longest
 from typing import Any
 
 from transformerfam.data.tables import open_table
@@ -28,7 +29,7 @@ from transformerfam.tasks.cases import Case, Wanted
 from transformerfam.tasks.questions import Choose, Metrics, Question, Say
 from transformerfam.text import start_tokens
 
-VERSION = 2
+VERSION = 3
 _ENGLISH = "english"
 _OPTION = re.compile(r"^\s*\(([A-D])\)\s*(.*)$", re.MULTILINE)
 
@@ -73,7 +74,10 @@ class Source:
 
 
 def cases(name: str, wanted: Wanted) -> list[Case]:
-    """One case: the first `samples` questions."""
+    """One case: the first question about each document, then the second, up to `samples`.
+
+    Questions about one document are right or wrong together, and standard errors would not know it.
+    """
     source = SOURCES[name]
     asked = _questions(name, source, wanted)
     setting: dict[str, Any] = {**wanted.given(name), "most_tokens": wanted.most_tokens}
@@ -104,7 +108,7 @@ def _questions(name: str, source: Source, wanted: Wanted) -> list[Asked]:
     if hub is not None and hub[1] is not None:
         hub = (hub[0], hub[1].format(language=rouge.language_named(wanted.language)), hub[2])
     rows = open_table(wanted.data.get(name), hub=hub)
-    found: list[Asked] = []
+    found: dict[str, list[Asked]] = {}  # document -> its questions
     for number, row in enumerate(rows, 1):
         try:
             read = source.read(row)
@@ -116,16 +120,22 @@ def _questions(name: str, source: Source, wanted: Wanted) -> list[Asked]:
                 f"{type(error).__name__} {error}."
             ) from None
         for one in read:
-            _add(_in_a_language(one, wanted), found)
-        if len(found) > wanted.samples:  # the last one wanted has no more references
+            _add(_in_a_language(one, wanted), found.setdefault(one.document, []))
+        if len(found) > wanted.samples:  # those before the last have no more questions
             break
     if not found:
         raise UserError(f"{wanted.data.get(name, name)} has no question.")
-    return found[: wanted.samples]
+    in_turns = chain.from_iterable(zip_longest(*found.values()))
+    return [asked for asked in in_turns if asked is not None][: wanted.samples]
 
 
 def _add(asked: Asked, found: list[Asked]) -> None:
-    """One more question, or one more reference of the last: SCROLLS has a row for each."""
+    """One more question about a document, or one more reference of the last: SCROLLS has a row for each.
+
+    `found`: what was asked about the document before; all of it shares one copy of the text.
+    """
+    if found:
+        asked = replace(asked, document=found[0].document)
     if found and replace(found[-1], answers=asked.answers) == asked:
         found[-1] = replace(asked, answers=[*found[-1].answers, *asked.answers])
     else:
