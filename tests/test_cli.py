@@ -276,12 +276,11 @@ def test_a_bug_is_one_line_and_exit_code_1(
     assert "Traceback" in fam("read", book)[2]
 
 
-def test_interrupts_ask_once_and_then_insist() -> None:
-    noted = []
-    with _session.StopOnInterrupt(lambda: noted.append(1)) as stop:
+def test_interrupts_ask_once_and_then_insist(capfd: pytest.CaptureFixture[str]) -> None:
+    with _session.StopOnInterrupt("Stopping soon.") as stop:
         os.kill(os.getpid(), signal.SIGINT)
         assert stop.requested
-        assert noted == [1]
+        assert capfd.readouterr().err == "\nStopping soon.\n"
         assert list(stop.until([1, 2])) == []
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)

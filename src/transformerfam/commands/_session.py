@@ -8,7 +8,7 @@ import os
 import signal
 import tempfile
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -179,12 +179,12 @@ class StopOnInterrupt:
     Ctrl-C only sets `requested`. Where nothing but more input is awaited, `until` ends at once.
 
     Args:
-        notify: called at the first Ctrl-C, from the signal handler.
+        notice: said on standard error at the first Ctrl-C; empty: nothing is.
     """
 
-    def __init__(self, notify: Callable[[], None] = lambda: None) -> None:
+    def __init__(self, notice: str = "") -> None:
         self.requested = False
-        self._notify = notify
+        self._notice = notice
         self._waiting = False
         self._previous: Any = None
 
@@ -223,10 +223,7 @@ class StopOnInterrupt:
         self.requested = True
         if self._waiting:
             raise KeyboardInterrupt
-        self._notify()
-
-
-def say_at_once(line: str) -> None:
-    """A line on standard error from inside a signal handler, where print may not be used."""
-    with suppress(OSError):  # nobody reads it any more: no reason to stop at once
-        os.write(2, f"\n{line}\n".encode())
+        if self._notice:
+            # Inside a signal handler print may not be used.
+            with suppress(OSError):  # nobody reads it any more: no reason to stop at once
+                os.write(2, f"\n{self._notice}\n".encode())

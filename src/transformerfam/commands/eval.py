@@ -238,9 +238,8 @@ def _ask_all(asks: Sequence[Ask], results: Any, progress: report.Progress, toget
     if kept:
         progress.note(f"{kept:,} of {len(asks):,} answers are kept from before")
     began, tokens = time.monotonic(), 0
-    with _session.StopOnInterrupt(
-        lambda: _session.say_at_once("Stopping after this question; Ctrl-C again stops at once.")
-    ) as stop:
+    notice = "Stopping after this question; Ctrl-C again stops at once."
+    with _session.StopOnInterrupt(notice) as stop:
         for done, (ask, line) in enumerate(evaluate.evaluate(todo, results, together), 1):
             tokens += line["tokens"] if "seconds" in line else 0  # not skipped, not another's
             seconds = time.monotonic() - began

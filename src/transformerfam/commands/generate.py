@@ -66,11 +66,8 @@ def run(args: argparse.Namespace) -> int:
             session.memory.save(args.save, session.model)
             progress.note(f"saved {args.save}")
 
-    def notify() -> None:
-        if not args.quiet:
-            _session.say_at_once("Stopping; Ctrl-C again stops at once and saves nothing.")
-
-    with _session.StopOnInterrupt(notify) as stop:
+    notice = "Stopping; Ctrl-C again stops at once and saves nothing."
+    with _session.StopOnInterrupt("" if args.quiet else notice) as stop:
         before, started = session.memory.position[0], time.monotonic()
         _read_prompt(session, stop.until(prompt))
         read, written = session.memory.position[0] - before, 0

@@ -207,7 +207,7 @@ class Reading:
 
     def run(self) -> None:
         """Read to the end, to --max-tokens or to Ctrl-C, and save."""
-        from transformerfam.commands._session import StopOnInterrupt, say_at_once
+        from transformerfam.commands._session import StopOnInterrupt
 
         if self.args.compare:
             from transformerfam.commands._compare import comparison
@@ -220,14 +220,9 @@ class Reading:
                 full_limit=self.args.full_limit,
             )
 
-        def notify() -> None:
-            if not self.args.quiet:
-                say_at_once(
-                    "Stopping after this chunk; Ctrl-C again stops at once and saves nothing."
-                )
-
+        notice = "Stopping after this chunk; Ctrl-C again stops at once and saves nothing."
         try:
-            with StopOnInterrupt(notify) as stop:
+            with StopOnInterrupt("" if self.args.quiet else notice) as stop:
                 self._read(stop)
         except UserError as error:
             # A bad byte far into a text: what came before it was read for good.

@@ -93,11 +93,8 @@ def run(args: argparse.Namespace) -> int:
     first = _is_first_process()
     progress = report.Progress(quiet=args.quiet or not first)
 
-    def stopping() -> None:
-        if first:
-            _session.say_at_once("Stopping after this step; Ctrl-C again stops at once.")
-
-    with _session.StopOnInterrupt(stopping) as stop:
+    notice = "Stopping after this step; Ctrl-C again stops at once."
+    with _session.StopOnInterrupt(notice if first else "") as stop:
         trained = train(
             recipe,
             resume=args.resume,
