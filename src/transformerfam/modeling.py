@@ -77,7 +77,7 @@ class FamDecoder(Picklable):
         fam_given: ReadBefore | None = None,
         **kwargs: Any,
     ) -> ModelOutput | tuple[Any, ...]:
-        """Read new tokens, layer-major over all blocks of the call (section 3, docs/method.md).
+        """Read new tokens, layer-major over all blocks of the call (section 9, docs/method.md).
 
         Args:
             input_ids, inputs_embeds: (R, T) or (R, T, d), new tokens of R streams.
