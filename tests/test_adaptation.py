@@ -166,6 +166,15 @@ def test_files_that_fail_halfway_leave_the_folder_as_it_was(tmp_path: Path) -> N
     assert (tmp_path / "README.md").read_text() == "old"
 
 
+def test_a_folder_takes_the_place_of_a_folder(tmp_path: Path) -> None:
+    """Of a tokenizer with several chat templates transformers writes a folder."""
+    for text in ("old", "new"):
+        with adaptation.whole_files(tmp_path) as beside:
+            (beside / "templates").mkdir()
+            (beside / "templates" / f"{text}.jinja").write_text(text)
+    assert [path.name for path in (tmp_path / "templates").iterdir()] == ["new.jinja"]
+
+
 # ---- beginning
 
 

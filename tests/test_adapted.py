@@ -49,6 +49,16 @@ def merged() -> Any:
     return plain
 
 
+def test_it_cannot_be_merged_into_weights_that_tokens_use() -> None:
+    model = with_adapter()
+    with torch.no_grad():
+        before = model(input_ids=IDS[:1]).logits
+    with pytest.raises(ValueError, match="FAM's alone .* cannot be merged"):
+        model.merge_and_unload()
+    with torch.no_grad():
+        assert torch.equal(model(input_ids=IDS[:1]).logits, before)
+
+
 def test_fam_goes_through_the_adapted_layers_and_tokens_through_the_models_own() -> None:
     model = with_adapter()
     prompt = model.base_model.model.model.fam_prompt.weight

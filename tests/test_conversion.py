@@ -114,6 +114,19 @@ def test_a_model_without_a_first_token_starts_from_its_vocabulary() -> None:
     assert torch.equal(ours, convert(tiny(), CONFIG, prompt="vocabulary").model.fam_prompt.weight)
 
 
+def test_a_start_that_there_is_not_is_refused_before_anything_changes() -> None:
+    model = tiny()
+    wrong: Any = "bos"
+    for change in (convert, reconfigure):
+        with pytest.raises(ValueError, match="prompt must be one of start, vocabulary, not 'bos'"):
+            change(model, CONFIG, prompt=wrong)
+        assert not is_transformerfam(model)
+    converted = convert(model, CONFIG)
+    with pytest.raises(ValueError, match="prompt must be one of"):
+        reconfigure(converted, CONFIG.replace(fam_length=5), prompt=wrong)
+    assert model.fam_config == CONFIG
+
+
 def test_a_seed_chooses_the_prompt() -> None:
     prompts = [convert(tiny(), CONFIG, seed=seed).model.fam_prompt.weight for seed in (0, 0, 1)]
     assert torch.equal(prompts[0], prompts[1])

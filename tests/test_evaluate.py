@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import json
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -177,6 +179,19 @@ def test_another_memory_over_the_same_weights_is_another_model(model: Any, tmp_p
 def test_a_process_that_comes_first_finds_nothing_done(model: Any, tmp_path: Path) -> None:
     readers = readers_of(model, ["model"], full_limit=None)
     assert evaluate.Results(tmp_path, readers, seed=0, process=1).done == set()
+
+
+def test_a_folder_in_which_nothing_can_be_written_is_refused(
+    model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    @contextmanager
+    def full(path: Path) -> Iterator[Path]:
+        raise OSError(28, "No space left on device")
+        yield path
+
+    monkeypatch.setattr(evaluate, "whole_file", full)
+    with pytest.raises(UserError, match=r"Nothing can be written in .*: no space left on device"):
+        evaluate.Results(tmp_path, readers_of(model, ["model"], full_limit=None), seed=0)
 
 
 def test_processes_share_a_folder(model: Any, tmp_path: Path) -> None:

@@ -314,6 +314,33 @@ def test_a_streamer_sees_every_token(model: PreTrainedModel) -> None:
     assert streamer.ended
 
 
+class Interrupting(BaseStreamer):
+    """Somebody presses Ctrl-C at the third token."""
+
+    def __init__(self) -> None:
+        self.seen = 0
+
+    def put(self, value: Tensor) -> None:
+        self.seen += 1
+        if self.seen == 4:  # the prompt came first
+            raise KeyboardInterrupt
+
+    def end(self) -> None:
+        raise AssertionError
+
+
+def test_what_is_interrupted_leaves_the_memory_where_it_was(model: PreTrainedModel) -> None:
+    ids = some_tokens(1, B + 2)
+    memory, untouched = Memory.for_model(model), Memory.for_model(model)
+    for each in (memory, untouched):
+        model.generate(ids, past_key_values=each, **GREEDY)
+    with pytest.raises(KeyboardInterrupt):
+        model.generate(ids, past_key_values=memory, streamer=Interrupting(), **GREEDY)
+    assert memory.position == untouched.position and not memory.asking
+    again = model.generate(ids, past_key_values=memory, **GREEDY)
+    assert torch.equal(again, model.generate(ids, past_key_values=untouched, **GREEDY))
+
+
 def test_stop_strings(model: PreTrainedModel) -> None:
     letters = string.digits + string.ascii_letters + "+-"  # one for each of the 64 ids
     tokenizer = Tokenizer(models.BPE({letter: i for i, letter in enumerate(letters)}, []))

@@ -41,6 +41,7 @@ ORDER = [
         "auto",
         "conversion",
         "embedded",
+        "hub",
         "models",
         "replay",
     ),

@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import huggingface_hub
@@ -188,6 +189,12 @@ def no_network(name: str, **options: Any) -> None:
     raise ConnectionError("[Errno -2] Name or service not known")
 
 
+def busy(name: str, **options: Any) -> None:
+    error = huggingface_hub.errors.HfHubHTTPError.__new__(huggingface_hub.errors.HfHubHTTPError)
+    error.response = SimpleNamespace(status_code=503)
+    raise error
+
+
 def test_an_unknown_name_without_a_network_is_told_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(huggingface_hub, "model_info", no_network)
     start = time.monotonic()
@@ -220,13 +227,14 @@ def test_what_was_fetched_before_needs_no_network(
     (place / "refs" / "main").write_text("a" * 40)
     (place / "snapshots").mkdir()
     (place / "snapshots" / ("a" * 40)).symlink_to(plain)
-    monkeypatch.setattr(huggingface_hub, "model_info", no_network)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
-    start = time.monotonic()
-    model, _ = load("some/model")
-    assert time.monotonic() - start < 10
-    assert model.name_or_path == "some/model"
-    assert torch.equal(logits(model), logits(load(str(plain))[0]))
+    for out_of_reach in (no_network, busy):
+        monkeypatch.setattr(huggingface_hub, "model_info", out_of_reach)
+        start = time.monotonic()
+        model, _ = load("some/model")
+        assert time.monotonic() - start < 10
+        assert model.name_or_path == "some/model"
+        assert torch.equal(logits(model), logits(load(str(plain))[0]))
 
 
 # ---- adapters
@@ -296,9 +304,19 @@ def test_an_adapter_may_come_from_the_hub(
     plain: Path, adapter: tuple[Path, torch.Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(huggingface_hub, "model_info", lambda name, timeout: None)
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name: str(adapter[0]))
+    asked: dict[str, Any] = {}
+
+    def fetch(name: str, **options: Any) -> str:
+        asked.update(options)
+        return str(adapter[0])
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
     model, _ = load(str(plain), adapter="some/adapter")
     torch.testing.assert_close(logits(model), adapter[1], atol=1e-4, rtol=1e-4)
+    assert "checkpoints/*" in asked["ignore_patterns"]  # what a run leaves beside it
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", no_network)
+    with pytest.raises(ModelError, match="some/adapter cannot be fetched from the hub"):
+        load(str(plain), adapter="some/adapter")
 
 
 def test_an_adapter_says_what_it_lacks(plain: Path, adapter: tuple[Path, torch.Tensor]) -> None:

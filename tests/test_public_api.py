@@ -30,6 +30,12 @@ def test_every_name_is_there_and_says_what_it_is(name: str) -> None:
     assert name in dir(transformerfam)
 
 
+def test_whatever_is_refused_can_be_caught_by_one_name() -> None:
+    refusals = [name for name in transformerfam.__all__ if name.endswith("Error")]
+    assert len(refusals) >= 5
+    assert all(issubclass(getattr(transformerfam, n), transformerfam.UserError) for n in refusals)
+
+
 def test_type_checkers_see_the_same_names() -> None:
     """The names under TYPE_CHECKING, which are for readers and tools, are those of `__all__`."""
     source = ast.parse((PACKAGE / "__init__.py").read_text())

@@ -132,6 +132,24 @@ def test_what_cannot_be_read_is_refused_with_a_reason() -> None:
 # ---- generating
 
 
+def test_ids_may_come_as_tokenizers_give_them() -> None:
+    ids = [3, 4, 5, 6]
+    expected = [chunk.nats for chunk in read(MODEL, ids)]
+    for given in (torch.tensor(ids), torch.tensor([ids])):
+        assert [chunk.nats for chunk in read(MODEL, given)] == expected
+        assert absorb(MODEL, given).position == (4,)
+    for wrong in (torch.tensor([ids, ids]), torch.ones(4), {"input_ids": [ids]}, [ids]):
+        with pytest.raises(ValueError, match="Token ids of one stream are wanted"):
+            list(read(MODEL, wrong))
+
+
+def test_continuations_of_what_foretells_nothing_are_refused() -> None:
+    memory = Memory.for_model(MODEL)
+    MODEL(torch.tensor([[3, 4, 5]]), past_key_values=memory)
+    with pytest.raises(ValueError, match="has no next_logits to score first tokens with"):
+        list(score_each(MODEL, [[6], [7]], memory))
+
+
 def test_generate_continues_as_the_model_does() -> None:
     prompt, more = TEXT[:13], 14
     memory = Memory.for_model(MODEL)

@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from transformerfam.config import FamConfig as FamConfig
     from transformerfam.conversion import convert as convert
     from transformerfam.conversion import reconfigure as reconfigure
+    from transformerfam.embedded import ModelError as ModelError
+    from transformerfam.errors import UserError as UserError
     from transformerfam.extras import MissingExtraError as MissingExtraError
     from transformerfam.memory import Memory as Memory
     from transformerfam.memory_file import MemoryFileError as MemoryFileError
@@ -27,7 +29,9 @@ _WHERE = {
     "Memory": "memory",
     "MemoryFileError": "memory_file",
     "MissingExtraError": "extras",
+    "ModelError": "embedded",
     "UnsupportedModelError": "probe",
+    "UserError": "errors",
     "convert": "conversion",
     "load": "models",
     "read": "stream",

@@ -103,7 +103,7 @@ class FamConfig:
             every later block reads them: the memory grows. See `transformerfam.recurrent`.
         adapted: whose way through the layers an adapter changes: `all` (the paper), or that of `fam`
             alone, so that tokens, as long as they see no FAM, are read exactly by the model's own
-            weights. It matters only under an adapter of PEFT that is not merged.
+            weights. It matters only under an adapter of PEFT, and one of `fam` must not be merged.
         stop_gradient: no gradient through the keys and values of past blocks (`M1_SG`, figure 3a).
         backend: how attention is computed: `sdpa`, `eager` or `flex`. Changes no result.
 

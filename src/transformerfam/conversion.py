@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from functools import cache
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -50,8 +50,10 @@ def convert(
 
     Raises:
         UnsupportedModelError: if the model cannot be converted; it is left as it was.
+        ValueError: if there is no such `prompt`.
     """
     config = FamConfig() if config is None else config
+    _check_prompt(prompt)
     _check_convertible(model)
     expected, plain_class = _rehearse(model), type(model)
     plain_config = _take_own_config(model)
@@ -197,6 +199,7 @@ def reconfigure(
     """
     if not is_transformerfam(model):
         return convert(model, config, prompt=prompt, seed=seed)
+    _check_prompt(prompt)
     decoder, before = decoder_of(model), model.fam_config
     model.config.fam = config.to_dict()
     kept, rows = decoder._modules.get("fam_prompt"), config.prompt_rows(len(layers_of(decoder)))
@@ -218,6 +221,11 @@ def twin(model: PreTrainedModel, config: FamConfig) -> PreTrainedModel:
 def is_transformerfam(model: object) -> bool:
     """Whether `model` was converted."""
     return isinstance(model, FamForCausalLM)
+
+
+def _check_prompt(prompt: str) -> None:
+    if prompt not in (known := get_args(PromptStart)):
+        raise ValueError(f"prompt must be one of {', '.join(known)}, not {prompt!r}.")
 
 
 @torch.no_grad()

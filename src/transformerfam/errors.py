@@ -4,4 +4,8 @@ from __future__ import annotations
 
 
 class UserError(Exception):
-    """What the user gave cannot be used; the message is one sentence, written for the user."""
+    """What the user gave cannot be used; the message is one sentence, written for the user.
+
+    The base of `ModelError`, `UnsupportedModelError`, `MemoryFileError` and `MissingExtraError`, which
+    are what Python would raise there too (a ValueError, an ImportError).
+    """

@@ -106,8 +106,12 @@ class Results:
         _check_same(folder, about, kept)
         if process == 0:
             merged = {**about, "readers": {**kept.get("readers", {}), **about["readers"]}}
-            with whole_file(folder / _ABOUT) as beside:
-                beside.write_text(json.dumps(merged, indent=2) + "\n")
+            try:
+                with whole_file(folder / _ABOUT) as beside:
+                    beside.write_text(json.dumps(merged, indent=2) + "\n")
+            except OSError as error:
+                reason = (error.strerror or str(error)).lower()
+                raise UserError(f"Nothing can be written in {folder}: {reason}.") from None
         limits = {reader.name: reader.limit for reader in readers}
         self.done = {line["key"] for line in _read_lines(folder) if _is_done(line, limits)}
 

@@ -167,6 +167,13 @@ class AdapterOfFam(Picklable):
         """Whether the adapter adds nothing now; read by PEFT's forward."""
         return _tokens_pass.get() or super().disable_adapters  # type: ignore[misc]  # PEFT's
 
+    def merge(self, *_: Any, **__: Any) -> None:
+        """Refused: merged, it would change the way of tokens too."""
+        raise ValueError(
+            "An adapter that is FAM's alone (adapted='fam') cannot be merged into the weights, which "
+            "tokens use too; keep it beside them."
+        )
+
 
 @contextmanager
 def _passing(*, tokens: bool) -> Iterator[None]:

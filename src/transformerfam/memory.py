@@ -29,8 +29,9 @@ class Memory(Cache):
     """The memory of `rows` streams read side by side: fixed in size, however much was read.
 
     A memory is advanced in place by `model(input_ids, past_key_values=memory)` and by
-    `model.generate(..., past_key_values=memory)`, and only when the whole call has succeeded. The
-    tokens given with it are always *new* ones: it never needs the old text again.
+    `model.generate(..., past_key_values=memory)`, and only when the whole call has succeeded (where
+    `generate` makes several continuations of a row, it advances copies). The tokens given with it are
+    always *new* ones: it never needs the old text again.
 
     Attributes:
         config: the geometry it was made under.
@@ -360,19 +361,20 @@ class Memory(Cache):
         raise RuntimeError("A Memory belongs to a TransformerFAM; this model was not converted.")
 
 
-def all_or_nothing(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """A causal language model's forward that leaves the memory as it was if anything fails.
+def all_or_nothing(method: Callable[..., Any]) -> Callable[..., Any]:
+    """A causal language model's `forward` or `generate` that leaves the memory as it was if it fails.
 
-    The decoder has advanced it by then, but the head or the loss may still run out of memory.
+    The decoder has advanced it by then, but the head or the loss may still run out of memory, or the
+    next token's call be interrupted.
     """
-    signature = inspect.signature(forward)
+    signature = inspect.signature(method)
 
-    @wraps(forward)
+    @wraps(method)
     def run(self: Any, *args: Any, **kwargs: Any) -> Any:
         memory = signature.bind_partial(self, *args, **kwargs).arguments.get("past_key_values")
         undo = memory.undo() if isinstance(memory, Memory) else None
         try:
-            return forward(self, *args, **kwargs)
+            return method(self, *args, **kwargs)
         except BaseException:
             if undo is not None:
                 undo()

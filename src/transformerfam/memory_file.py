@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from transformerfam.config import ADDED_MODULES, FamConfig
+from transformerfam.errors import UserError
 from transformerfam.files import whole_file
 from transformerfam.layer_memory import LayerMemory
 from transformerfam.memory import Memory
@@ -35,7 +36,7 @@ _FINGERPRINT_SAMPLES = 64
 _COMPUTES = re.compile(r"eps|rope|scal|multiplier|softcap|window|layer_types|_act|experts|norm")
 
 
-class MemoryFileError(ValueError):
+class MemoryFileError(UserError, ValueError):
     """A memory file cannot be written, or is not one that this model can use."""
 
 

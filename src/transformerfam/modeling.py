@@ -21,7 +21,7 @@ from transformerfam.auxiliary import FeedbackLosses
 from transformerfam.call import Call, Observer, ReadBefore
 from transformerfam.config import ADDED_MODULES, FamConfig
 from transformerfam.layer import ATTENTION_NAME, FamLayer, Picklable, mixed
-from transformerfam.memory import Memory
+from transformerfam.memory import Memory, all_or_nothing
 from transformerfam.modules import (
     adapted_modules,
     add_gates,
@@ -331,10 +331,18 @@ class FamForCausalLM:
         kwargs.setdefault("save_original_format", False)
         super().save_pretrained(save_directory, **kwargs)  # type: ignore[misc]
 
-    def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """As in transformers; what is given and said counts as asked (`FamConfig.fam_seen`)."""
-        memory = kwargs.get("past_key_values")
-        given = memory if isinstance(memory, Memory) else None
+    @all_or_nothing
+    def generate(self, *args: Any, past_key_values: Any = None, **kwargs: Any) -> Any:
+        """As in transformers; what is given and said counts as asked (`FamConfig.fam_seen`).
+
+        A memory that is given is advanced, unless several continuations are made of each row
+        (`num_beams`, `num_return_sequences`): these go on from copies, which
+        `return_dict_in_generate=True` hands out as `past_key_values`. If anything fails or is
+        interrupted on the way, the memory is where it was.
+        """
+        if past_key_values is not None:
+            kwargs["past_key_values"] = past_key_values
+        given = past_key_values if isinstance(past_key_values, Memory) else None
         asking = given is not None and given.asking
         with nullcontext() if given is None else given.asked():
             output = super().generate(*args, **kwargs)  # type: ignore[misc]

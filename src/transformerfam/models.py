@@ -13,6 +13,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from transformerfam import hub
 from transformerfam.config import FamConfig
 from transformerfam.embedded import (
     EMBEDDED,
@@ -43,7 +44,6 @@ __all__ = [
 
 # Beside the weights of an adapter: the geometry that it was trained with.
 ADAPTER_FAM_CONFIG = "fam_config.json"
-_HUB_TIMEOUT_SECONDS = 10
 
 
 def reading_config() -> FamConfig:
@@ -151,7 +151,7 @@ def skeleton(name: str) -> Any:
     if name == EMBEDDED:
         name = str(embedded_folder())
     elif not Path(name).is_dir():
-        name = _fetched_before(name, "config.json") or name
+        name = hub.fetched_before(name, "config.json") or name
     with quiet(), torch.device("meta"):
         return AutoModelForCausalLM.from_config(_stored_config(name))
 
@@ -189,7 +189,7 @@ def _load_stored(name: str, dtype: Any) -> tuple[Any, PreTrainedTokenizerBase]:
         return _from_pretrained(str(path), dtype)
     if path.exists() or path.is_absolute() or name.startswith((".", "~")):
         raise ModelError(f"{name} is neither a folder with a model nor a .gguf file.")
-    fetched = _fetched_before(name, "config.json")
+    fetched = hub.fetched_before(name, "config.json")
     return _from_pretrained(fetched or name, dtype, download=fetched is None)
 
 
@@ -247,34 +247,6 @@ def _check_causal(name: str, config: Any) -> None:
         )
 
 
-def _fetched_before(name: str, file: str) -> str | None:
-    """None if the hub has `name`; the folder of what was fetched before if it is out of reach.
-
-    Asking here first, and going by the folder, saves the half minute in which every file would be
-    tried six times.
-    """
-    from huggingface_hub import model_info, try_to_load_from_cache
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-
-    try:
-        model_info(name, timeout=_HUB_TIMEOUT_SECONDS)
-    except HFValidationError as error:
-        raise ModelError(
-            f"There is no folder {name}, and it cannot be a name on the hub."
-        ) from error
-    except HfHubHTTPError as error:
-        raise ModelError(
-            f"There is no folder {name}, and no model of that name on the hub that you may read."
-        ) from error
-    except Exception as error:  # no network: whatever the HTTP library of the day raises
-        if isinstance(fetched := try_to_load_from_cache(name, file), str):
-            return str(Path(fetched).parent)
-        raise ModelError(
-            f"There is no folder {name}, and the hub, where it may be a name, cannot be reached."
-        ) from error
-    return None
-
-
 def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | str:
     import torch
 
@@ -293,9 +265,7 @@ def _adapter_folder(adapter: str) -> str:
     """The folder of an adapter, fetched from the hub if it is there."""
     if Path(adapter).is_dir():
         return adapter
-    from huggingface_hub import snapshot_download
-
-    return _fetched_before(adapter, "adapter_config.json") or snapshot_download(adapter)
+    return hub.adapter_folder(adapter)
 
 
 def _json_values(file: Path) -> dict[str, Any]:

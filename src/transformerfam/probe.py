@@ -14,6 +14,7 @@ from torch import Tensor
 
 from transformerfam.attention import AttentionStyle
 from transformerfam.call import AttentionPass
+from transformerfam.errors import UserError
 from transformerfam.rotary import Rotary, rotate
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 _POSITIONS = (0, 1, 2, 3, 5, 8)
 
 
-class UnsupportedModelError(ValueError):
+class UnsupportedModelError(UserError, ValueError):
     """The model cannot become a TransformerFAM; the message says why."""
 
 

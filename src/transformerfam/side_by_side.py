@@ -31,7 +31,7 @@ class Scored:
     """How well a continuation of a stream was predicted.
 
     Attributes:
-        nats: sum of -log p over its tokens, but for the first of a fresh stream.
+        nats: sum of -log p over its tokens, but for the first where nothing was read before.
         hits: (scored,) bool on the CPU, whether each of those tokens was the likeliest.
     """
 
@@ -56,9 +56,15 @@ def score_each(
         A `Scored` for each, in their order, some at a time.
 
     Raises:
-        ValueError: as `read`.
+        ValueError: as `read`; and for a memory that has read something and does not know what comes
+            next, so that first tokens could not be scored.
     """
     memory = single_row(model, memory)
+    if memory.position[0] and memory.next_logits is None:
+        raise ValueError(
+            "This memory has no next_logits to score first tokens with; read the last tokens before the "
+            "continuations with transformerfam.read or stream.absorb."
+        )
     rows = _rows_side_by_side(model, continuations, memory)
     for start in range(0, len(continuations), rows):
         group = continuations[start : start + rows]

@@ -6,7 +6,7 @@ chunk at a time; what was read before is in the `Memory` alone.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
@@ -32,7 +32,8 @@ class Chunk:
     Attributes:
         tokens: tokens in this chunk.
         position: tokens that the stream has behind it after this chunk.
-        scored: tokens of this chunk that were predicted: all, but for the first of a fresh stream.
+        scored: tokens of this chunk that were predicted: all, but for the first of a fresh stream, and
+            the first after a call that did not keep the memory's `next_logits`.
         nats: sum of -log p over the scored tokens.
         losses: (scored,) float32 on the CPU, -log p of each scored token in nats.
         hits: (scored,) bool on the CPU, whether each scored token was the likeliest.
@@ -64,11 +65,13 @@ def read(
     """Read a stream of tokens of any length, and score how well each was predicted.
 
     Every token but the first of a fresh stream is scored, with the tokens before it, across chunks
-    and across `memory.save` and `Memory.load`. No gradients.
+    and across `memory.save` and `Memory.load`; where the memory was advanced by the model itself, which
+    keeps no `next_logits`, the first token after that is not scored either. No gradients.
 
     Args:
         model: a TransformerFAM.
-        tokens: ids of one stream, taken lazily: a generator over an endless source will do.
+        tokens: ids of one stream, taken lazily: a generator over an endless source will do. A tensor
+            of shape (T,) or (1, T) will do too.
         memory: where the stream stands, one row; advanced in place. None: a fresh stream.
         chunk_tokens: tokens of a call. By default about 2048, fewer for a large vocabulary (the
             logits of a chunk take at most 256 MB), in steps that end where blocks end.
@@ -78,12 +81,13 @@ def read(
         A `Chunk` after each call. Between two of them the memory may be forked, saved or asked.
 
     Raises:
-        ValueError: for a memory of several rows or another geometry, or a token id that the model
-            does not have; tokens before the bad chunk have been read by then.
+        ValueError: for a memory of several rows or another geometry, for what is not the ids of one
+            stream, or a token id that the model does not have; tokens before the bad chunk have been
+            read by then.
     """
     memory = single_row(model, memory)
     chunk_length = chunk_lengths(model, memory, chunk_tokens)
-    source = iter(tokens)
+    source = iter(_one_stream(tokens))
     while ids := list(islice(source, chunk_length(memory.position[0]))):
         before = memory.next_logits
         logits = _advance(model, ids, memory, keep=0, observer=observer)
@@ -108,7 +112,7 @@ def absorb(model: Any, tokens: Iterable[int], memory: Memory | None = None) -> M
 
     Args:
         model: a TransformerFAM.
-        tokens: ids of one stream; taken lazily, but for a sequence.
+        tokens: ids of one stream, as for `read`; taken lazily, but for a sequence.
         memory: where the stream stands, one row; advanced in place. None: a fresh stream.
 
     Returns:
@@ -117,7 +121,7 @@ def absorb(model: Any, tokens: Iterable[int], memory: Memory | None = None) -> M
     Raises:
         ValueError: as `read`; where tokens are passed over, before anything is read.
     """
-    memory = single_row(model, memory)
+    memory, tokens = single_row(model, memory), _one_stream(tokens)
     if isinstance(tokens, Sequence):
         _absorb_within_reach(model, list(tokens), memory)
     else:
@@ -246,6 +250,25 @@ def generate(
 # ---- parts
 
 
+def _one_stream(tokens: Iterable[int]) -> Iterable[int]:
+    """Token ids of one stream, also from tensors as tokenizers make them."""
+    if isinstance(tokens, Mapping):
+        raise ValueError(
+            "Token ids of one stream are wanted, not all that a tokenizer gives; give its input_ids."
+        )
+    if not isinstance(tokens, Tensor):
+        return tokens
+    if tokens.dim() == 2 and tokens.shape[0] == 1:
+        tokens = tokens[0]
+    if tokens.dim() != 1 or tokens.is_floating_point():
+        raise ValueError(
+            f"Token ids of one stream are wanted, not a tensor of shape {tuple(tokens.shape)} and type "
+            f"{str(tokens.dtype).removeprefix('torch.')}."
+        )
+    ids: list[int] = tokens.tolist()
+    return ids
+
+
 def single_row(model: Any, memory: Memory | None) -> Memory:
     """The memory of one stream; a fresh one for None."""
     memory = Memory.for_model(model) if memory is None else memory
@@ -296,6 +319,8 @@ def _advance(
 def check_vocabulary(model: Any, ids: Sequence[int]) -> None:
     """Raises ValueError for an id that the model does not have."""
     vocabulary = model.get_input_embeddings().weight.shape[0]
+    if any(isinstance(i, (list, tuple, str)) for i in ids):
+        raise ValueError("Token ids of one stream are wanted: whole numbers, one after the other.")
     bad = next((i for i in ids if not 0 <= i < vocabulary), None)
     if bad is not None:
         raise ValueError(f"Token {bad} is not in the model's vocabulary of {vocabulary} tokens.")

@@ -207,6 +207,9 @@ def whole_files(folder: Path) -> Iterator[Path]:
     try:
         yield beside
         for file in sorted(beside.iterdir()):
-            file.replace(folder / file.name)
+            target = folder / file.name
+            if file.is_dir() and target.is_dir():  # a folder takes no other's place
+                shutil.rmtree(target)
+            file.replace(target)
     finally:
         shutil.rmtree(beside, ignore_errors=True)

@@ -17,7 +17,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
@@ -25,6 +25,7 @@ from torch import Tensor
 
 from transformerfam.auxiliary import FeedbackLosses
 from transformerfam.call import Attended, Read, Written
+from transformerfam.config import FamConfig
 from transformerfam.conversion import reconfigure
 from transformerfam.errors import UserError
 from transformerfam.extras import require
@@ -79,6 +80,21 @@ class FamAfterBlocks:
         ]
 
 
+def _check_geometry(config: FamConfig, recipe: Recipe) -> None:
+    """Refuse a model of another geometry than the recipe's, but for what steps set by themselves."""
+    set_by_steps = {"fam_bias", "backend"}
+    if recipe.feedback.drawn_segments:
+        set_by_steps.add("memory_segments")
+    for field_ in fields(config):
+        name = field_.name
+        own, told = getattr(config, name), getattr(recipe.fam, name)
+        if name not in set_by_steps and own != told:
+            raise UserError(
+                f"The model has {name} {own} and the recipe fam.{name} {told}; convert the model with "
+                "recipe.fam."
+            )
+
+
 class Stepper:
     """Forward and backward of steps.
 
@@ -96,6 +112,7 @@ class Stepper:
     """
 
     def __init__(self, accelerator: Any, model: Any, base: Any, recipe: Recipe) -> None:
+        _check_geometry(base.fam_config, recipe)
         self.accelerator = accelerator
         self.model = model
         # Without the wrapper of DDP: at each of its calls all processes meet.

@@ -123,7 +123,7 @@ class Trainer:
 
     Args:
         recipe: settings; `model` and the sources in it are not looked at.
-        model: what `adaptation.adapt` returned.
+        model: what `adaptation.adapt` returned, of a model in the recipe's geometry.
         source: what is read.
         tokenizer: saved beside the adapter, if there is one.
         probes: measured every `probes.every` steps and at the end.
