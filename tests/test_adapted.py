@@ -53,7 +53,7 @@ def test_it_cannot_be_merged_into_weights_that_tokens_use() -> None:
     model = with_adapter()
     with torch.no_grad():
         before = model(input_ids=IDS[:1]).logits
-    with pytest.raises(ValueError, match="FAM's alone .* cannot be merged"):
+    with pytest.raises(ValueError, match=r"FAM's alone .* cannot be merged"):
         model.merge_and_unload()
     with torch.no_grad():
         assert torch.equal(model(input_ids=IDS[:1]).logits, before)

@@ -18,7 +18,7 @@ from test_training import B, assert_same, build, carried, checkpointed, whole
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from transformerfam import FamConfig, Memory, convert, reconfigure
+from transformerfam import FamConfig, Memory, compressive, convert, reconfigure
 from transformerfam.conversion import restore, twin
 from transformerfam.memory_file import fingerprint
 from transformerfam.models import is_trained, load, put_adapter
@@ -147,6 +147,14 @@ def test_the_state_is_a_matrix_for_each_head() -> None:
         # Sums over a stream without end are kept wider than the weights.
         assert kept.dtype == torch.float32
         assert kept.shape == (rows, heads, features, features + 1)
+
+
+def test_autocast_does_not_round_what_sums_over_all_blocks() -> None:
+    features, memory = torch.rand(1, 2, 5, 8), torch.rand(1, 2, 8, 9)
+    expected = compressive._retrieved(features, memory)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert (features @ memory).dtype == torch.bfloat16
+        assert torch.equal(compressive._retrieved(features, memory), expected)
 
 
 # ---- gradients

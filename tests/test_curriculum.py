@@ -52,6 +52,12 @@ def test_rows_of_a_step_are_as_long_as_each_other_or_each_as_long_as_it_comes() 
     assert max(set.union(*steps(limited))) <= 400
 
 
+def test_where_nothing_grows_nothing_is_kept() -> None:
+    still = Curriculum(recipe(begin_length=0), source(300, 1000))
+    assert not any(still.tell(4, 4) for _ in range(50))
+    assert still.state()["right"] == []
+
+
 def test_texts_are_short_until_their_answers_are_right() -> None:
     texts = source(300, 1000)
     growth = Curriculum(recipe(), texts)

@@ -314,6 +314,14 @@ def test_rows_that_cannot_be_encoded_are_stood_in_for_and_counted_once(tmp_path:
     assert examples[3:] == examples[:3]
     assert source.rows.bad.count == 1
     assert source.rows.bad.examples[0].startswith(f"{path}:2: the chat template of this model")
+    # Each time that one is drawn it is left out, also by a reader that goes on.
+    reader = SingleRow(source, row=0, rows=1, length=100)
+    for _ in range(4):
+        reader.next()
+    again = SingleRow(source, row=0, rows=1, length=100)
+    again.set_state(reader.state())
+    again.next()
+    assert (reader.stood_in, again.stood_in) == (1, 2)
     refusing = FileSource(open_rows(path, bad_rows="refuse"), tokenizer, shuffle=False)
     refusing.draw(0)
     with pytest.raises(UserError, match=r"a\.jsonl:2 cannot be used: the chat template"):

@@ -440,6 +440,19 @@ def test_a_memory_that_was_passed_can_begin_anew_before_it_has_read(
     close(said[1:], both[1:])
 
 
+@torch.no_grad()
+def test_beside_a_row_that_was_passed_something_another_begins_with_the_prefix() -> None:
+    model = converted(VARIANTS["prefix"])
+    ids = some_tokens(2, 2 * B + 1)
+    _, other = read(model, some_tokens(1, 2 * B))
+    passed = Memory.for_model(model, 2)
+    passed.begin_with([fam for fam in other.fams if fam is not None])
+    both = read(model, ids, passed.fork())[0]
+    said = read(model, ids, passed.restart([True, False]))[0]
+    close(said[:1], read(model, ids[:1])[0])
+    close(said[1:], both[1:])
+
+
 def test_rows_are_taken_by_number_not_by_marks(model: PreTrainedModel) -> None:
     memory = Memory.for_model(model, 2)
     for marks in ([False, True], torch.tensor([True, False])):

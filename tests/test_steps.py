@@ -376,6 +376,33 @@ def test_a_question_behind_a_block_is_that_of_a_shorter_text() -> None:
     assert_same(ours, total)
 
 
+def test_what_a_row_is_asked_of_fam_alone_does_not_depend_on_the_others() -> None:
+    text = asked_text(told=(2 * B + 1, 1))
+    weights = text.weights.clone()
+    weights[1, B + 4 :] = 1.0
+    text = replace(
+        text, weights=weights, asked_from=(3 * B + 2, B + 2), question=(3 * B + 2, B + 2)
+    )
+    rows = [
+        replace(
+            text,
+            **{name: getattr(text, name)[r : r + 1] for name in ("inputs", "targets", "weights")},
+            **{name: getattr(text, name)[r : r + 1] for name in ("asked_from", "told", "question")},
+            fresh=(True,),
+        )
+        for r in range(2)
+    ]
+    together, apart = (stepper(recipe("single", fam=ALONE, asked_blocks=1)) for _ in range(2))
+    assert together.run(0, [text]) == pytest.approx(apart.run(0, rows), rel=1e-6)
+    assert_same(gradients(together.base), gradients(apart.base))
+    # Nor on a row of which all is asked, as of files.
+    first = stepper(recipe("single", fam=ALONE, asked_blocks=1))
+    first.run(0, [replace(text, asked_from=(3 * B + 2, 0), question=(3 * B + 2, None))])
+    alone = stepper(recipe("single", fam=ALONE, asked_blocks=1))
+    alone.run(0, [rows[0], replace(rows[1], asked_from=(0,), question=(None,))])
+    assert_same(gradients(first.base), gradients(alone.base))
+
+
 def test_no_more_questions_than_are_wanted_and_none_before_all_is_told() -> None:
     text = asked_text(
         told=(2 * B + 1, 3 * B + 1)

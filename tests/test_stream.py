@@ -135,9 +135,9 @@ def test_what_cannot_be_read_is_refused_with_a_reason() -> None:
 def test_ids_may_come_as_tokenizers_give_them() -> None:
     ids = [3, 4, 5, 6]
     expected = [chunk.nats for chunk in read(MODEL, ids)]
-    for given in (torch.tensor(ids), torch.tensor([ids])):
-        assert [chunk.nats for chunk in read(MODEL, given)] == expected
-        assert absorb(MODEL, given).position == (4,)
+    for ids_given in (torch.tensor(ids), torch.tensor([ids])):
+        assert [chunk.nats for chunk in read(MODEL, ids_given)] == expected
+        assert absorb(MODEL, ids_given).position == (4,)
     for wrong in (torch.tensor([ids, ids]), torch.ones(4), {"input_ids": [ids]}, [ids]):
         with pytest.raises(ValueError, match="Token ids of one stream are wanted"):
             list(read(MODEL, wrong))

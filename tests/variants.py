@@ -54,6 +54,13 @@ _CHANGES: dict[str, dict[str, Any]] = {
     "bigbird without feedback": {"attention": "bigbird", "random_blocks": 2, "fam_length": 0},
     "sparse": {"attention": "sparse", "summary_tokens": 2, "memory_segments": 0},
     "stopped gradient": {"stop_gradient": True, "sink_tokens": 1},
+    # A window that is shorter than a block sees sinks of its own block: these are no past.
+    "xl with sinks, stopped": {
+        "attention": "xl",
+        "window": 3,
+        "sink_tokens": 2,
+        "stop_gradient": True,
+    },
     "feedback segments": {"memory_source": "output", "memory_segments": 2, "fam_length": 0},
     "feedback segments, stopped": {
         "memory_source": "output",

@@ -56,7 +56,8 @@ def diversity(fam: Tensor) -> Tensor:
     """
     N = fam.shape[1]
     unit = normalize(fam.to(torch.promote_types(fam.dtype, torch.float32)), dim=-1)
-    squared = (unit @ unit.transpose(1, 2)).pow(2)  # (R, N, N)
+    with torch.autocast(unit.device.type, enabled=False):  # it would round them again
+        squared = (unit @ unit.transpose(1, 2)).pow(2)  # (R, N, N)
     own = squared.diagonal(dim1=1, dim2=2)
     return (squared.sum((1, 2)) - own.sum(1)) / (N * (N - 1))
 

@@ -138,7 +138,12 @@ class TokenPass:
             before_fams = seen.cut(0, plan.past_used + A)
             seen = KeyValue.cat([before_fams, seen.cut(plan.past_used + A + self.fam_slots, None)])
         if self.config.stop_gradient:
-            seen = seen.map(lambda x: stop_gradient(x, plan.past_used + A))
+            first = self._in_block_0(new.keys).view(-1, 1, 1, 1)
+            seen = seen.map(
+                lambda x: torch.where(
+                    first, stop_gradient(x, plan.past_used), stop_gradient(x, plan.past_used + A)
+                )
+            )
         return seen, after
 
     def _fill(self, kept: Tensor, new: Tensor, block: int, in_place: bool) -> Tensor:
@@ -234,13 +239,25 @@ class TokenPass:
             tokens[:, :, plan.past_window - plan.past_used :], plan.past_used, B, plan.blocks
         )
         if self.config.stop_gradient:
-            past, anchors = past.detach(), anchors.detach()
+            past, anchors = past.detach(), self._stopped_behind_block_0(anchors)
         own = tokens[:, :, plan.past_window :].unflatten(2, (plan.blocks, B)).transpose(1, 2)
         shown = []
         if plan.shows_fam:
             shown = [sliding(fams, self.fam_slots, self.config.fam_length, plan.blocks)]
         parts = [past, anchors, *shown, own[:, :, :, : plan.own_used]]
         return torch.cat([p for p in parts if p.shape[3]], dim=3).flatten(0, 1)
+
+    def _stopped_behind_block_0(self, anchors: Tensor) -> Tensor:
+        """Anchors (R, nb, H, A, D) of each block as constants; of block 0 they are tokens of its own."""
+        first = self._in_block_0(anchors).view(-1, 1, 1, 1, 1)
+        begun, later = anchors[:, :1], anchors[:, 1:].detach()
+        return torch.cat([torch.where(first, begun, begun.detach()), later], dim=1)
+
+    def _in_block_0(self, like: Tensor) -> Tensor:
+        """(R,) bool: the rows that are in their first block when the call begins."""
+        return self.call.index(
+            "in block 0", lambda: torch.tensor([n == 0 for n in self.plan.first_blocks]), like
+        )
 
     # ---- attention
 

@@ -83,7 +83,7 @@ class CompressivePass(TokenPass):
         """What tokens add to [M | z], (R, Hk, D, Dv + 1), from σ(K) and [V | 1]."""
         if self.config.compressive_memory == "delta":
             values = values - pad(_retrieved(features, memory), (0, 1))
-        return features.transpose(-1, -2) @ values
+        return _product(features.transpose(-1, -2), values)
 
     def _is_token(self, like: Tensor) -> Tensor:
         """(R or 1, nb, 1, L, 1) bool: where the grid has a token."""
@@ -110,6 +110,12 @@ class CompressivePass(TokenPass):
         return first + self.plan.slots // self.config.block_size > 0
 
 
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b in the type that they have: autocast would round what sums over all blocks."""
+    with torch.autocast(a.device.type, enabled=False):
+        return a @ b
+
+
 def _features(x: Tensor) -> Tensor:
     """σ(x) = ELU(x) + 1, above 0."""
     return elu(x) + 1
@@ -117,6 +123,6 @@ def _features(x: Tensor) -> Tensor:
 
 def _retrieved(features: Tensor, memory: Tensor) -> Tensor:
     """σ M / (σ z), (..., L, Dv), for σ (..., L, D) and [M | z]; 0 where nothing is in memory."""
-    sums = features @ memory
+    sums = _product(features, memory)
     total = sums[..., -1:]
     return sums[..., :-1] / torch.where(total > 0, total, 1.0)

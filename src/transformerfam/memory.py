@@ -176,6 +176,22 @@ class Memory(Cache):
         self.passed = (True,) * self.rows
         self.layers_memory = [None] * len(self)
 
+    def beginning(
+        self, prefix: Sequence[Tensor] | None
+    ) -> tuple[Sequence[Tensor] | None, tuple[bool, ...]]:
+        """F_{-1} of each layer, and for each row whether it begins with it in the next call.
+
+        Args:
+            prefix: each layer's (1, N, d), with which rows begin that were passed nothing.
+        """
+        if prefix is None:
+            return self.passed_fams, self.passed
+        if self.passed_fams is None:
+            return prefix, self.untouched
+        passed = torch.tensor(self.passed, device=prefix[0].device)[:, None, None]
+        fams = zip(self.passed_fams, prefix, strict=True)
+        return [torch.where(passed, fam.to(own), own) for fam, own in fams], (True,) * self.rows
+
     @contextmanager
     def asked(self) -> Iterator[None]:
         """In here tokens see FAM, also where only those do that are asked (`FamConfig.fam_seen`)."""

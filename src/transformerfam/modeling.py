@@ -6,7 +6,7 @@ Each class here is mixed in before the family's own class of the same part. The 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
@@ -154,13 +154,12 @@ class FamDecoder(Picklable):
             passed=(True,) * rows if config.fam_start == "prefix" else state.passed,
             shows_fam=config.fam_seen == "always" or state.asking or asked is not None,
         )
-        start, beginning = None, state.passed
-        first_fams: Sequence[Tensor] | None = state.passed_fams
+        start, prefix = None, None
         if config.has_feedback:
             start = self._prompt(inputs.device)
-            if config.fam_start == "prefix" and first_fams is None:
-                beginning = state.untouched
-                first_fams = start.view(len(layers_of(self)), 1, config.fam_length, -1).unbind()
+            if config.fam_start == "prefix":
+                prefix = start.view(len(layers_of(self)), 1, config.fam_length, -1).unbind()
+        first_fams, beginning = state.beginning(prefix)
         gates = None
         if config.compressive_memory != "none":
             gates = self._added("memory_gates", len(layers_of(self)), inputs.device)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import random
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from transformerfam.errors import UserError
@@ -43,6 +43,7 @@ class Example:
         asked_from: the first token that is asked, see `FamConfig.fam_seen`; those before it are read.
         told: so many tokens tell all that is asked, and
         question: from this one on it is asked; None: nobody knows.
+        stands_in_for: rows before it that were drawn and could not be used.
     """
 
     ids: Sequence[int]
@@ -50,6 +51,7 @@ class Example:
     asked_from: int = 0
     told: int = 0
     question: int | None = None
+    stands_in_for: int = field(default=0, compare=False)
 
     def __post_init__(self) -> None:
         if len(self.ids) != len(self.weights):

@@ -10,7 +10,7 @@ from __future__ import annotations
 import random
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, Literal, Protocol
 
@@ -66,7 +66,8 @@ class FileSource:
         for step in range(count):
             index = order[(place + step) % count]
             try:
-                return from_row(self._tokenizer, self.rows[index])
+                example = from_row(self._tokenizer, self.rows[index])
+                return replace(example, stands_in_for=step) if step else example
             except BadRow as bad:
                 self.rows.cannot_use(index, bad.reason)
         raise UserError(
@@ -133,17 +134,6 @@ class Mixture:
             plan.append((source, seen[source]))
             seen[source] += 1
         return plan
-
-
-def left_out(source: Source, readers: Sequence[RowReader]) -> tuple[int, list[str]]:
-    """Examples that were of no use when they were drawn: how many, and why the first few were."""
-    sources = source.sources if isinstance(source, Mixture) else [source]
-    late = [s.rows.late for s in sources if isinstance(s, FileSource)]
-    reasons = [reason for bad in late for reason in bad.examples]
-    skipped = sum(reader.skipped for reader in readers)
-    if skipped:
-        reasons.append(f"{skipped:,} too short, or too long for data.length")
-    return skipped + sum(bad.count for bad in late), reasons
 
 
 def _apportion(shares: Sequence[float], draws: int) -> list[int]:
@@ -217,6 +207,7 @@ class RowReader(ABC):
 
     Attributes:
         skipped: examples that were of no use: too short to have a target, or too long.
+        stood_in: rows that were drawn and could not be used at all, for which others stood in.
     """
 
     def __init__(self, source: Source, *, row: int, rows: int, length: int) -> None:
@@ -228,7 +219,7 @@ class RowReader(ABC):
         self.row = row
         self.rows = rows
         self.length = length
-        self.skipped = 0
+        self.skipped = self.stood_in = 0
         self._pieces = 0
         self._drawn = 0  # of this row; the last of them is the present example
         self._offset = 0  # tokens of it that are done
@@ -249,12 +240,14 @@ class RowReader(ABC):
             "drawn": self._drawn,
             "offset": self._offset,
             "skipped": self.skipped,
+            "stood_in": self.stood_in,
         }
 
     def set_state(self, state: dict[str, int]) -> None:
         """Go on from a state of a reader that was made in the same way."""
         self._pieces, self._drawn = state["pieces"], state["drawn"]
         self._offset, self.skipped = state["offset"], state["skipped"]
+        self.stood_in = state.get("stood_in", 0)
         self._example = None
 
     # ---- parts
@@ -271,6 +264,7 @@ class RowReader(ABC):
             self._drawn += 1
             self._offset, self._example = 0, None
             example = self._present()
+            self.stood_in += example.stands_in_for
             if least <= len(example.ids) and (most is None or len(example.ids) <= most):
                 return example
             self.skipped += 1

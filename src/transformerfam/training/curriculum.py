@@ -58,13 +58,14 @@ class Curriculum:
 
     def tell(self, right: int, texts: int) -> bool:
         """Of a step: how many of its texts had all answers right. Returns whether texts grow now."""
+        if not self._grows:
+            return False
         self._right.append((right, texts))
         while sum(n for _, n in self._right) - self._right[0][1] >= _TEXTS:
             self._right.popleft()
         seen = sum(n for _, n in self._right)
         grows = (
-            self._grows
-            and self.longest < self._limit
+            self.longest < self._limit
             and seen >= _TEXTS
             and sum(r for r, _ in self._right) >= self._grow_at * seen
         )

@@ -210,6 +210,17 @@ def _source(
     )
 
 
+def left_out(source: Source, readers: Sequence[RowReader]) -> tuple[int, list[str]]:
+    """Examples that were of no use when they were drawn: how many, and why the first few were."""
+    sources = source.sources if isinstance(source, Mixture) else [source]
+    late = [s.rows.late for s in sources if isinstance(s, FileSource)]
+    reasons = [reason for bad in late for reason in bad.examples]
+    skipped = sum(reader.skipped for reader in readers)
+    if skipped:
+        reasons.append(f"{skipped:,} too short, or too long for data.length")
+    return skipped + sum(reader.stood_in for reader in readers), reasons
+
+
 def _check_room(texts: PasskeyTexts, key: str) -> None:
     """Texts that are longer than they are called would be measured under a wrong name."""
     if min(texts.lengths) < texts.bare_length:

@@ -214,5 +214,5 @@ class ReplayStepper(Stepper):
         with memory.asked():
             summed = self._part_loss(text.asked, memory, {})
         told = tuple(text.own * B + n for n in text.rows.told)
-        rows = replace(text.rows, told=told)
+        rows = replace(text.rows, told=told, asked_from=(columns,) * len(told))
         return summed, self._asked_of_fam_alone(rows, written, text.time)

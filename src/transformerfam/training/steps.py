@@ -252,13 +252,15 @@ class Stepper:
             return summed, (extra.total() * segment.weights.sum(1)).sum()
         if not self._some_ask or self._sharded:
             return self._part_loss(segment, memory, {}), 0.0
-        read, rest = segment.parts(self.base.fam_config.block_size)
-        if read is None or rest is None:
-            return self._part_loss(segment, memory, {}), 0.0
         written = FamAfterBlocks()
         often = {"fam_observer": written} if self.feedback.asked_blocks else {}
-        before = self._part_loss(read, memory, often, model=self.inner)
-        summed = before + self._part_loss(rest, memory, {})
+        read, rest = segment.parts(self.base.fam_config.block_size)
+        if read is None or rest is None:
+            summed = self._part_loss(segment, memory, often)
+        else:
+            before = self._part_loss(read, memory, often, model=self.inner)
+            # Rows that ask later than others have blocks here that they only read.
+            summed = before + self._part_loss(rest, memory, often)
         return summed, self._asked_of_fam_alone(segment, written)
 
     def _asked_of_fam_alone(
@@ -266,15 +268,21 @@ class Stepper:
     ) -> Tensor | float:
         """As `_loss`, of questions behind `asked_blocks` blocks of each row, in the mean over them.
 
-        A text is read once, and teaches what FAM holds behind each block that it was asked behind.
+        A text is read once, and teaches what FAM holds behind each block that it was asked behind: from
+        that on in which all is told, up to the last before the row asks, whatever other rows do.
         """
+        if not self.feedback.asked_blocks:
+            return 0.0
         B = self.base.fam_config.block_size
+        rows = enumerate(zip(segment.told, segment.asked_from, strict=True))
         drawn = [
             (row, block)
-            for row, told in enumerate(segment.told)
+            for row, (told, asked_from) in rows
             if segment.question[row] is not None
             for block in self._draw(
-                range(max(0, -(-told // B) - 1), written.blocks), segment.inputs[row], time
+                range(max(0, -(-told // B) - 1), min(asked_from // B, written.blocks)),
+                segment.inputs[row],
+                time,
             )
         ]
         if not drawn:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from transformerfam import report
-from transformerfam.data.rows import Source, left_out
+from transformerfam.data.rows import Source
 from transformerfam.errors import UserError
 from transformerfam.extras import require
 from transformerfam.training import adaptation, places
@@ -24,7 +24,7 @@ from transformerfam.training.card import model_card
 from transformerfam.training.checkpoint import Checkpoints, Progress, changed_setting, recipe_of
 from transformerfam.training.clock import Clock
 from transformerfam.training.curriculum import Curriculum
-from transformerfam.training.inputs import open_probes, open_source, row_readers
+from transformerfam.training.inputs import left_out, open_probes, open_source, row_readers
 from transformerfam.training.journal import Journal
 from transformerfam.training.optimizers import make_optimizer, rate_at
 from transformerfam.training.probes import Probe
