@@ -293,8 +293,9 @@ def test_a_played_step_makes_no_tensor_of_numbers(name: str) -> None:
 
 
 def test_without_a_gpu_steps_are_plain() -> None:
-    made = Recipe.load(find("smollm2-begin"), ["run.cuda_graphs=true"])
-    one = stepper(recipe())
+    made = recipe("single")
+    made = replace(made, run=replace(made.run, cuda_graphs=True, activation_checkpointing=False))
+    one = stepper(made)
     assert (
         type(stepper_for(one.accelerator, one.model, one.base, made, source=cast(Source, None)))
         is Stepper

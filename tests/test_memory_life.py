@@ -23,7 +23,12 @@ from variants import VARIANTS
 from transformerfam import FamConfig, Memory
 
 B = 6
-_ASKED = {"fam_seen": "asked", "sink_tokens": 2, "feedback_norm": "rms", "first_residual": "prompt"}
+_ASKED: dict[str, Any] = {
+    "fam_seen": "asked",
+    "sink_tokens": 2,
+    "feedback_norm": "rms",
+    "first_residual": "prompt",
+}
 GEOMETRIES = {
     "asked": FamConfig(block_size=B, memory_segments=1, fam_length=3, **_ASKED),
     **{

@@ -190,7 +190,8 @@ def no_network(name: str, **options: Any) -> None:
 
 
 def busy(name: str, **options: Any) -> None:
-    error = huggingface_hub.errors.HfHubHTTPError.__new__(huggingface_hub.errors.HfHubHTTPError)
+    kind = huggingface_hub.errors.HfHubHTTPError
+    error: Any = kind.__new__(kind)
     error.response = SimpleNamespace(status_code=503)
     raise error
 

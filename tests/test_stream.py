@@ -138,7 +138,8 @@ def test_ids_may_come_as_tokenizers_give_them() -> None:
     for ids_given in (torch.tensor(ids), torch.tensor([ids])):
         assert [chunk.nats for chunk in read(MODEL, ids_given)] == expected
         assert absorb(MODEL, ids_given).position == (4,)
-    for wrong in (torch.tensor([ids, ids]), torch.ones(4), {"input_ids": [ids]}, [ids]):
+    mistakes: list[Any] = [torch.tensor([ids, ids]), torch.ones(4), {"input_ids": [ids]}, [ids]]
+    for wrong in mistakes:
         with pytest.raises(ValueError, match="Token ids of one stream are wanted"):
             list(read(MODEL, wrong))
 

@@ -202,8 +202,7 @@ def _described(source: SourceSettings) -> str:
 
 def _sample(recipe: Recipe) -> str:
     """What the first row of the batch would read first, decoded; and what turned out to be of no use."""
-    from transformerfam.data.rows import left_out
-    from transformerfam.training.inputs import open_probes, open_source, row_readers
+    from transformerfam.training.inputs import left_out, open_probes, open_source, row_readers
 
     tokenizer = _tokenizer(recipe.model.base)
     open_probes(recipe, tokenizer)
