@@ -12,6 +12,7 @@ from families import some_tokens, tiny
 from oracle import make_exact
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
+from variants import VARIANTS
 
 from transformerfam import FamConfig, Memory, convert
 
@@ -156,9 +157,10 @@ def carried(model: Any, ids: Tensor, tokens: int, detach: bool = False) -> Gradi
     return gradients(model)
 
 
+@pytest.mark.parametrize("name", ["paper", "stopped gradient", "xl with sinks, stopped"])
 @pytest.mark.parametrize("tokens", [1, 2, B - 1, B, B + 1])
-def test_gradients_flow_through_a_carried_memory(tokens: int) -> None:
-    model, ids = build(), some_tokens(2, LENGTH)
+def test_gradients_flow_through_a_carried_memory(tokens: int, name: str) -> None:
+    model, ids = build(VARIANTS[name]), some_tokens(2, LENGTH)
     assert_same(carried(model, ids, tokens), whole(model, ids))
 
 
