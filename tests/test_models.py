@@ -17,6 +17,7 @@ from tiny_tokenizer import tiny_tokenizer
 from transformers import BertConfig, LlamaForCausalLM, T5Config
 
 from transformerfam import FamConfig, UnsupportedModelError, load, models
+from transformerfam.conversion import twin
 from transformerfam.embedded import ModelError
 from transformerfam.errors import UserError
 from transformerfam.models import ADAPTER_FAM_CONFIG, is_trained, reading_config
@@ -99,6 +100,8 @@ def test_a_saved_transformerfam_comes_back_as_it_was(plain: Path, tmp_path: Path
     again, _ = load(str(tmp_path))
     assert again.fam_config == FAM
     assert is_trained(again)
+    fresh = twin(again, again.fam_config.replace(fam_length=3))
+    assert is_trained(again) and not is_trained(fresh)  # a prompt of another length is made anew
     assert torch.equal(logits(again), logits(model))
 
     wider: Any = load(str(tmp_path), FAM.replace(memory_segments=2))[0]

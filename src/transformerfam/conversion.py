@@ -208,6 +208,7 @@ def reconfigure(
     if config.has_feedback and (kept is None or kept.weight.shape[0] != rows or not fits):
         add_prompt(model)
         initialise_prompt(model, prompt, seed)
+        model.fam_trained = False  # see `models.is_trained`
     add_gates(model)
     return model
 
