@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import multiprocessing
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ class OfATinyModel(Asking):
     """One that other processes can open too, without the default model."""
 
     def open(self) -> Opened:
-        if self.adapter == "none in other processes" and torch.get_num_threads() == 1:
+        if self.adapter == "none in other processes" and multiprocessing.parent_process():
             raise UserError("There is no such adapter here.")
         torch.manual_seed(0)
         config = FamConfig(block_size=32, memory_segments=1, fam_length=2)
@@ -57,7 +58,7 @@ def test_processes_that_share_questions_give_the_answers_of_one(its: OfATinyMode
     shared = answers(its)
     assert 0 < len(own) < len(shared)
     assert list(asking.ask(its, opened, workers=2)) == []  # nothing is asked twice
-    alone = OfATinyModel(*(*list(vars(its).values())[:-1], its.data / "alone"))
+    alone = replace(its, kept=its.data / "alone")
     assert len(list(asking.ask(alone, opened))) == len(shared)
     assert answers(alone) == shared
 
@@ -66,9 +67,7 @@ def test_processes_that_share_questions_give_the_answers_of_one(its: OfATinyMode
 def test_what_another_process_fails_with_is_told_and_what_was_answered_is_kept(
     its: OfATinyModel,
 ) -> None:
-    fails = OfATinyModel(its.name, its.data, its.sizes, "none in other processes", None, its.kept)
-    torch.set_num_threads(2)
-    opened = fails.open()
+    fails = replace(its, adapter="none in other processes")
     with pytest.raises(UserError, match="no such adapter here"):
-        list(asking.ask(fails, opened, workers=2))
+        list(asking.ask(fails, fails.open(), workers=2))
     assert answers(fails)

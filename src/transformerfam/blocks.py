@@ -19,7 +19,7 @@ from transformerfam.attention import AttentionMask, AttentionStyle
 from transformerfam.auxiliary import diversity, reconstruction
 from transformerfam.call import Call, Read, Reenter
 from transformerfam.feedback import Recurrence, fam_keys
-from transformerfam.indexing import columns_of, place, sliding, stop_gradient, unsqueeze
+from transformerfam.indexing import columns_of, place, sliding, unsqueeze
 from transformerfam.layer_memory import KeyValue, LayerMemory
 from transformerfam.rotary import Tables, rotate
 
@@ -138,12 +138,8 @@ class TokenPass:
             before_fams = seen.cut(0, plan.past_used + A)
             seen = KeyValue.cat([before_fams, seen.cut(plan.past_used + A + self.fam_slots, None)])
         if self.config.stop_gradient:
-            first = self._in_block_0(new.keys).view(-1, 1, 1, 1)
-            seen = seen.map(
-                lambda x: torch.where(
-                    first, stop_gradient(x, plan.past_used), stop_gradient(x, plan.past_used + A)
-                )
-            )
+            old = seen.cut(0, plan.past_used + A).map(lambda x: self._as_past(x[:, None])[:, 0])
+            seen = KeyValue.cat([old, seen.cut(plan.past_used + A, None)])
         return seen, after
 
     def _fill(self, kept: Tensor, new: Tensor, block: int, in_place: bool) -> Tensor:
@@ -239,7 +235,7 @@ class TokenPass:
             tokens[:, :, plan.past_window - plan.past_used :], plan.past_used, B, plan.blocks
         )
         if self.config.stop_gradient:
-            past, anchors = past.detach(), self._stopped_behind_block_0(anchors)
+            past, anchors = self._as_past(past), self._as_past(anchors)
         own = tokens[:, :, plan.past_window :].unflatten(2, (plan.blocks, B)).transpose(1, 2)
         shown = []
         if plan.shows_fam:
@@ -247,17 +243,17 @@ class TokenPass:
         parts = [past, anchors, *shown, own[:, :, :, : plan.own_used]]
         return torch.cat([p for p in parts if p.shape[3]], dim=3).flatten(0, 1)
 
-    def _stopped_behind_block_0(self, anchors: Tensor) -> Tensor:
-        """Anchors (R, nb, H, A, D) of each block as constants; of block 0 they are tokens of its own."""
-        first = self._in_block_0(anchors).view(-1, 1, 1, 1, 1)
-        begun, later = anchors[:, :1], anchors[:, 1:].detach()
-        return torch.cat([torch.where(first, begun, begun.detach()), later], dim=1)
+    def _as_past(self, x: Tensor) -> Tensor:
+        """Past and anchors of each block, (R, nb, H, keys, D), as constants.
 
-    def _in_block_0(self, like: Tensor) -> Tensor:
-        """(R,) bool: the rows that are in their first block when the call begins."""
-        return self.call.index(
-            "in block 0", lambda: torch.tensor([n == 0 for n in self.plan.first_blocks]), like
+        But in a stream's first block, which has no past: anchors are tokens of that block itself.
+        """
+        first = self.call.index(
+            "in block 0", lambda: torch.tensor([n == 0 for n in self.plan.first_blocks]), x
         )
+        first = first[:, None, None, None, None]
+        begun, later = x[:, :1], x[:, 1:].detach()
+        return torch.cat([torch.where(first, begun, begun.detach()), later], dim=1)
 
     # ---- attention
 

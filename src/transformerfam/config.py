@@ -343,11 +343,11 @@ class FamConfig:
             )
         return cls(**values)
 
+    def differences(self, other: FamConfig) -> list[str]:
+        """Names of the fields in which two differ."""
+        names = [f.name for f in fields(self)]
+        return [name for name in names if getattr(self, name) != getattr(other, name)]
+
     def memory_differences(self, other: FamConfig) -> list[str]:
         """Names of the fields in which a memory made under `other` would not fit this one."""
-        return [
-            f.name
-            for f in fields(self)
-            if f.name not in _NOT_PART_OF_A_MEMORY
-            and getattr(self, f.name) != getattr(other, f.name)
-        ]
+        return [name for name in self.differences(other) if name not in _NOT_PART_OF_A_MEMORY]

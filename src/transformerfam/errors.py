@@ -9,3 +9,8 @@ class UserError(Exception):
     The base of `ModelError`, `UnsupportedModelError`, `MemoryFileError` and `MissingExtraError`, which
     are what Python would raise there too (a ValueError, an ImportError).
     """
+
+
+def reason_of(error: Exception) -> str:
+    """What the operating system says of a failure, as a part of a sentence."""
+    return str(getattr(error, "strerror", None) or error).rstrip(".").lower()

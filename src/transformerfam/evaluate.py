@@ -25,7 +25,7 @@ import transformers
 from transformerfam import __version__
 from transformerfam.config import ADDED_MODULES, FamConfig
 from transformerfam.conversion import twin
-from transformerfam.errors import UserError
+from transformerfam.errors import UserError, reason_of
 from transformerfam.files import append_line, whole_file
 from transformerfam.memory_file import fingerprint
 from transformerfam.readers import Reader
@@ -99,8 +99,7 @@ class Results:
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            reason = (error.strerror or str(error)).lower()
-            raise UserError(f"The folder {folder} cannot be made: {reason}.") from None
+            raise UserError(f"The folder {folder} cannot be made: {reason_of(error)}.") from None
         about = _about(readers, seed)
         kept = _read_about(folder)
         _check_same(folder, about, kept)
@@ -110,8 +109,9 @@ class Results:
                 with whole_file(folder / _ABOUT) as beside:
                     beside.write_text(json.dumps(merged, indent=2) + "\n")
             except OSError as error:
-                reason = (error.strerror or str(error)).lower()
-                raise UserError(f"Nothing can be written in {folder}: {reason}.") from None
+                raise UserError(
+                    f"Nothing can be written in {folder}: {reason_of(error)}."
+                ) from None
         limits = {reader.name: reader.limit for reader in readers}
         self.done = {line["key"] for line in _read_lines(folder) if _is_done(line, limits)}
 

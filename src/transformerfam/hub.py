@@ -42,12 +42,10 @@ def fetched_before(name: str, file: str) -> str | None:
 
 def _is_refused(error: Exception) -> bool:
     """Whether the hub says no, and is not merely busy or broken."""
-    from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError
 
-    response = getattr(error, "response", None)
-    return isinstance(error, RepositoryNotFoundError) or (
-        isinstance(error, HfHubHTTPError) and getattr(response, "status_code", 404) in _REFUSALS
-    )
+    status = getattr(getattr(error, "response", None), "status_code", 404)
+    return isinstance(error, HfHubHTTPError) and status in _REFUSALS
 
 
 def adapter_folder(name: str) -> str:

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from transformerfam.rotary import Tables
@@ -66,8 +65,3 @@ def sliding(x: Tensor, size: int, step: int, count: int) -> Tensor:
         return x.new_zeros(x.shape[0], count, x.shape[1], 0, x.shape[3])
     windows = x[:, :, : (count - 1) * step + size].unfold(2, size, step)  # (R, H, count, D, size)
     return windows.permute(0, 2, 1, 4, 3)
-
-
-def stop_gradient(x: Tensor, length: int) -> Tensor:
-    """No gradient through the first `length` of the third dimension."""
-    return torch.cat([x[:, :, :length].detach(), x[:, :, length:]], dim=2)

@@ -319,9 +319,12 @@ def _advance(
 def check_vocabulary(model: Any, ids: Sequence[int]) -> None:
     """Raises ValueError for an id that the model does not have."""
     vocabulary = model.get_input_embeddings().weight.shape[0]
-    if any(isinstance(i, (list, tuple, str)) for i in ids):
-        raise ValueError("Token ids of one stream are wanted: whole numbers, one after the other.")
-    bad = next((i for i in ids if not 0 <= i < vocabulary), None)
+    try:
+        bad = next((i for i in ids if not 0 <= i < vocabulary), None)
+    except TypeError:
+        raise ValueError(
+            "Token ids of one stream are wanted: whole numbers, one after the other."
+        ) from None
     if bad is not None:
         raise ValueError(f"Token {bad} is not in the model's vocabulary of {vocabulary} tokens.")
 

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from types import TracebackType
 from typing import Any, BinaryIO
 
-from transformerfam.errors import UserError
+from transformerfam.errors import UserError, reason_of
 
 READ_BYTES = 1 << 16
 # A run with no place to cut is cut hard here, so that a file without a space cannot fill the memory.
@@ -114,7 +114,7 @@ class TextSource:
         except PermissionError:
             raise UserError(f"{self.path} may not be read: permission denied.") from None
         except (OSError, ValueError) as error:
-            raise UserError(f"{self.path} cannot be opened: {_reason(error)}.") from None
+            raise UserError(f"{self.path} cannot be opened: {reason_of(error)}.") from None
         status = os.fstat(file.fileno())
         if stat.S_ISREG(status.st_mode):
             self.bytes_total = status.st_size
@@ -125,7 +125,7 @@ class TextSource:
             # read1 gives what a pipe holds now; read would wait until a whole piece is there.
             data: bytes = self._file.read1(READ_BYTES)  # type: ignore[attr-defined]
         except OSError as error:
-            raise UserError(f"{self.name} cannot be read: {_reason(error)}.") from None
+            raise UserError(f"{self.name} cannot be read: {reason_of(error)}.") from None
         self.bytes_read += len(data)
         return data
 
@@ -172,10 +172,6 @@ class TextSource:
 
     def _not_text(self, place: int) -> UserError:
         return UserError(f"{self.name} is not a text file: it has a NUL byte at byte {place:,}.")
-
-
-def _reason(error: Exception) -> str:
-    return str(getattr(error, "strerror", None) or error).rstrip(".").lower()
 
 
 # ---- text to tokens

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 from transformerfam.commands._options import changed, geometry_changes
 from transformerfam.config import FamConfig
 from transformerfam.embedded import SHIPPED
-from transformerfam.errors import UserError
+from transformerfam.errors import UserError, reason_of
 from transformerfam.report import Progress
 
 if TYPE_CHECKING:
@@ -165,8 +165,7 @@ def check_can_save(path: str | None) -> None:
             f"The memory cannot be saved to {path}: there is no folder {target.parent}."
         ) from None
     except OSError as error:
-        reason = (error.strerror or str(error)).lower()
-        raise UserError(f"The memory cannot be saved to {path}: {reason}.") from None
+        raise UserError(f"The memory cannot be saved to {path}: {reason_of(error)}.") from None
 
 
 # ---- Ctrl-C

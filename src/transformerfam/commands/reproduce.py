@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from transformerfam import report
 from transformerfam.commands import _options as options
-from transformerfam.errors import UserError
+from transformerfam.errors import UserError, reason_of
 
 if TYPE_CHECKING:
     from transformerfam.reproduction.experiment import Planned
@@ -195,8 +195,7 @@ def _folder(path: str) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        reason = (error.strerror or str(error)).lower()
-        raise UserError(f"The folder {folder} cannot be made: {reason}.") from None
+        raise UserError(f"The folder {folder} cannot be made: {reason_of(error)}.") from None
     if not os.access(folder, os.W_OK | os.X_OK):
         raise UserError(f"Nothing can be written in the folder {folder}; name another with --out.")
     return folder
@@ -235,7 +234,7 @@ def _used(name: str, scale: str) -> set[str]:
         return {"--scale"} if scale == "paper" else {*_TRAINING, "--lengths"}
     if name in results.ITEMS:
         of_made_up = {"--cut", "--lengths"} if results.asks_more_than_gpt3(name) else set()
-        return {*_ASKING, "--workers"} - {"--cut"} | of_made_up
+        return {"--adapter", "--data", "--dtype", "--rows", "--samples", "--workers"} | of_made_up
     return {"--lengths"} if name in WITH_LENGTHS else {"--adapter"} if name == "figure11" else set()
 
 

@@ -20,7 +20,7 @@ from typing import Any, Literal, Protocol
 
 from transformerfam.data.examples import BadRow, checked
 from transformerfam.data.hub import load_table
-from transformerfam.errors import UserError
+from transformerfam.errors import UserError, reason_of
 from transformerfam.extras import require
 
 JSON_LINES = (".jsonl", ".ndjson", ".json")
@@ -184,10 +184,6 @@ def _refusal(place: str, reason: str) -> UserError:
     return UserError(f"{place} cannot be used: {reason}.")
 
 
-def _os_reason(error: OSError) -> str:
-    return str(error.strerror or error).rstrip(".").lower()
-
-
 def _files_of(name: str) -> list[str] | None:
     """The files that a path or a pattern means, in sorted order; None: it must be of the hub."""
     path = os.path.expanduser(name)
@@ -224,7 +220,7 @@ def _open(path: str, text_column: str | None, note: Note) -> RowFile:
             return _Table.from_parquet(path, text_column)
         return _Text(path, note)
     except OSError as error:
-        raise UserError(f"{path} cannot be read: {_os_reason(error)}.") from None
+        raise UserError(f"{path} cannot be read: {reason_of(error)}.") from None
 
 
 class _Lines:
@@ -260,7 +256,7 @@ class _Lines:
                 file.seek(start)
                 return self._parse(file.readline(), start)
         except OSError as error:
-            raise BadRow(f"it cannot be read any more: {_os_reason(error)}") from None
+            raise BadRow(f"it cannot be read any more: {reason_of(error)}") from None
 
     def place(self, index: int) -> str:
         return f"{self._path}:{self._numbers[index]}"
@@ -301,7 +297,7 @@ class _Text:
         try:
             return {"text": read_text(self._path)}
         except OSError as error:
-            raise BadRow(f"it cannot be read any more: {_os_reason(error)}") from None
+            raise BadRow(f"it cannot be read any more: {reason_of(error)}") from None
 
     def place(self, index: int) -> str:
         return self._path

@@ -30,7 +30,7 @@ class Asking:
         data: the folder of real data.
         sizes: how much is asked.
         adapter: of the default model; None: one that nothing was trained of.
-        dtype: of the weights; None: float32.
+        dtype: of the weights; None: as they are stored.
         kept: where answers are kept.
     """
 
@@ -91,15 +91,15 @@ def ask(
     Raises:
         UserError: if the answers that are kept are of something else.
     """
-    done = evaluate.Results(asking.kept, opened.readers, seed=0).done
-    left = sum(each.key not in done for each in evaluate.plan(opened.readers, opened.cases))
+    results = evaluate.Results(asking.kept, opened.readers, seed=0)
+    left = sum(each.key not in results.done for each in evaluate.plan(opened.readers, opened.cases))
     workers = min(workers, left)
     if workers < 2:
-        yield from _share(asking, opened, 0, 1)
+        yield from _share(opened, results, 0, 1)
         return
     with _one_thread(), processes(workers - 1) as pool:
         others = [pool.submit(_others_share, asking, n, workers) for n in range(1, workers)]
-        for told in _share(asking, opened, 0, workers):
+        for told in _share(opened, results, 0, workers):
             yield told
             for other in others:
                 if other.done():
@@ -109,9 +109,8 @@ def ask(
 
 
 def _share(
-    asking: Asking, opened: Opened, process: int, count: int
+    opened: Opened, results: evaluate.Results, process: int, count: int
 ) -> Iterator[tuple[int, int, evaluate.Ask]]:
-    results = evaluate.Results(asking.kept, opened.readers, seed=0, process=process)
     asks = evaluate.plan(opened.readers, opened.cases, process, count)
     todo = [each for each in asks if each.key not in results.done]
     for done, (asked, _) in enumerate(evaluate.evaluate(todo, results), 1):
@@ -120,7 +119,9 @@ def _share(
 
 def _others_share(asking: Asking, process: int, count: int) -> None:
     """In a process of its own."""
-    for _ in _share(asking, asking.open(), process, count):
+    opened = asking.open()
+    results = evaluate.Results(asking.kept, opened.readers, seed=0, process=process)
+    for _ in _share(opened, results, process, count):
         pass
 
 

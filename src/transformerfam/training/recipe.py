@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from transformerfam.config import OF_FEEDBACK, FamConfig
-from transformerfam.errors import UserError
+from transformerfam.errors import UserError, reason_of
 from transformerfam.training import checks, values
 from transformerfam.training.settings import (
     DataSettings,
@@ -159,8 +159,7 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         return values.parse_toml(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
-        reason = (error.strerror or str(error)).lower()
-        raise UserError(f"The recipe {path} cannot be read: {reason}.") from None
+        raise UserError(f"The recipe {path} cannot be read: {reason_of(error)}.") from None
     except ValueError as error:  # no UTF-8, or no TOML
         reason = str(error).partition("\n")[0].rstrip(".")
         raise UserError(f"{path} is no TOML file that can be read: {reason}.") from None

@@ -17,7 +17,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -85,10 +85,9 @@ def _check_geometry(config: FamConfig, recipe: Recipe) -> None:
     set_by_steps = {"fam_bias", "backend"}
     if recipe.feedback.drawn_segments:
         set_by_steps.add("memory_segments")
-    for field_ in fields(config):
-        name = field_.name
-        own, told = getattr(config, name), getattr(recipe.fam, name)
-        if name not in set_by_steps and own != told:
+    for name in config.differences(recipe.fam):
+        if name not in set_by_steps:
+            own, told = getattr(config, name), getattr(recipe.fam, name)
             raise UserError(
                 f"The model has {name} {own} and the recipe fam.{name} {told}; convert the model with "
                 "recipe.fam."
