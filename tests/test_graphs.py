@@ -14,6 +14,7 @@ from families import some_tokens, tiny
 from test_steps import FAM, B, assert_same, batch, recipe, stepper
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map
 
 from transformerfam import convert
 from transformerfam.call import Call, keeping
@@ -28,12 +29,12 @@ from transformerfam.training.replaying import stepper_for
 from transformerfam.training.steps import Stepper
 
 
-def on_the_cpu(run: Callable[[], Tensor], pool: Any) -> tuple[Tensor, Callable[[], None]]:
+def on_the_cpu(run: Callable[[], Any], pool: Any) -> tuple[Any, Callable[[], None]]:
     """In place of CUDA's recording: runs again, and must leave its result in the same place."""
-    result = run().clone()
+    result = tree_map(Tensor.clone, run())
 
     def replay() -> None:
-        result.copy_(run())
+        tree_map(Tensor.copy_, result, run())
 
     return result, replay
 

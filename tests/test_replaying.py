@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +14,23 @@ import torch
 from accelerate import Accelerator
 from families import some_tokens
 from test_adapted import with_adapter
+from test_graphs import Lifted, on_the_cpu
 from test_steps import B, assert_same, gradients
 from test_text import TOKENIZERS
 from test_training import checkpointed
 from torch import Tensor
 
+from transformerfam import Memory
+from transformerfam.call import ReadBefore
 from transformerfam.data.examples import Example
 from transformerfam.errors import UserError
+from transformerfam.replay import Recording, replay
+from transformerfam.training import graphs, replaying
 from transformerfam.training.batches import Batch
 from transformerfam.training.inputs import open_source
 from transformerfam.training.recipe import Recipe
 from transformerfam.training.replaying import Library, ReplayStepper, Text
-from transformerfam.training.steps import Stepper
+from transformerfam.training.steps import FamAfterBlocks, Stepper
 from transformerfam.training.trainer import Trainer
 
 QUESTION = 4  # tokens, with the answer
@@ -129,6 +135,98 @@ def test_a_replayed_text_is_one_that_is_read(asked_blocks: int, checkpointing: b
     assert_same(ours, total)
 
 
+GEOMETRIES: dict[str, dict[str, Any]] = {
+    "alone": {"memory_segments": 0, "sink_tokens": 0},
+    "windows": {"memory_segments": 2, "sink_tokens": 1},
+    "several": {"memory_segments": 1, "previous_fams": 3},
+    "prefix": {"memory_segments": 1, "fam_start": "prefix"},
+    "rms": {"feedback_norm": "rms", "feedback_rms": 2.0},
+}
+
+
+@pytest.mark.parametrize("name", GEOMETRIES)
+def test_gradients_block_by_block_are_those_of_whole_texts(name: str) -> None:
+    """Also of questions some rows at a time, and of those that go on in the next block."""
+    made = recipe(fam=GEOMETRIES[name], replay={"times": 4, "rows_at_once": 1}, asked_blocks=2)
+    one, batch = stepper(ReplayStepper, made, Prose()), rows()
+    loss, ours = one.run(3, [batch]), gradients(one.base)
+    own = one._read(batch, Memory.for_model(one.base, 2))
+    one.base.zero_grad()
+    total = 0.0
+    for time in range(4):
+        text = one._text(batch, time)
+        part, alone = whole_text(one, text, own)
+        total += float(part.detach()) / 4
+        ((part + alone) / 4 / float(batch.weights.sum())).backward()
+    assert loss == pytest.approx(total / float(batch.weights.sum()), rel=1e-5)
+    assert_same(ours, gradients(one.base))
+
+
+def whole_text(one: ReplayStepper, text: Text, own: Recording) -> tuple[Tensor, Tensor]:
+    """The losses of a text through which gradients go at once, and of what is asked of F alone."""
+    blocks = [one._block(text, own, j) for j in range(text.blocks + 1)]
+    memory, written = Memory.for_model(one.base, 2), FamAfterBlocks()
+    columns = text.blocks * B + text.begun
+    given = ReadBefore(columns, lambda layer, j: blocks[j][layer], own.anchors.__getitem__)
+    replay(one.base, given, memory, fam_observer=written)
+    with memory.asked():
+        part = one._part_loss(text.asked, memory, {})
+    drawn = [
+        (row, block)
+        for row in range(2)
+        for block in one._draw(range(text.own, text.blocks), text.rows.inputs[row], text.time)
+    ]
+    memory = Memory.for_model(one.base, len(drawn))
+    memory.begin_with(written.behind(drawn))
+    with memory.asked():
+        alone = one._part_loss(text.rows.questions([row for row, _ in drawn]), memory, {})
+    return part, alone / one.feedback.asked_blocks
+
+
+@pytest.mark.parametrize("name", GEOMETRIES)
+def test_recorded_pieces_are_those_that_are_not(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = recipe(fam=GEOMETRIES[name], replay={"times": 4, "rows_at_once": 1}, asked_blocks=2)
+    plain, ours = (recorded(made, monkeypatch, is_it) for is_it in (False, True))
+    for step in range(2):
+        losses = []
+        for one in (plain, ours):
+            one._text = partial(ReplayStepper._text, ours)
+            ours._step = step
+            losses.append(one.run(step, [rows()]))
+        assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+        assert_same(gradients(ours.base), gradients(plain.base))
+
+
+def recorded(made: Recipe, monkeypatch: pytest.MonkeyPatch, is_it: bool) -> ReplayStepper:
+    """A stepper with recordings as they would be on a GPU, or without."""
+    monkeypatch.setattr(graphs, "recorded", on_the_cpu)
+    monkeypatch.setattr(graphs, "graph_pool", lambda: None)
+    monkeypatch.setattr(replaying, "_recorded", lambda *_: is_it)
+    one: ReplayStepper = stepper(ReplayStepper, made, Prose())
+    return one
+
+
+def test_played_pieces_take_nothing_from_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = recipe(fam=GEOMETRIES["windows"], replay={"behind": [4]}, asked_blocks=2)
+    one, looked = recorded(made, monkeypatch, is_it=True), set[str]()
+    plays = one._pieces._plays
+
+    def watched(key: Any, run: Any, given: list[Tensor]) -> list[Tensor]:
+        def again(tensors: list[Tensor]) -> list[Tensor]:
+            run(tensors)  # makes what is kept
+            with Lifted() as lifted:
+                found: list[Tensor] = run(tensors)
+            assert lifted.count == 0, key
+            looked.add(key[0])
+            return found
+
+        return plays(key, again, given)
+
+    monkeypatch.setattr(one._pieces, "_plays", watched)
+    one.run(0, [rows()])
+    assert looked == {"lead", "back", "ask", "alone"}
+
+
 def test_tokens_count_as_often_as_they_are_replayed() -> None:
     one = stepper(ReplayStepper, recipe(replay={"times": 2}), Prose())
     one.run(0, [rows()])
@@ -196,6 +294,10 @@ def test_a_run_that_goes_on_is_one_that_was_not_stopped(tmp_path: Path) -> None:
         ({"replay": {"behind": []}}, "behind"),
         ({"replay": {"before": [-1]}}, "before"),
         ({"replay": {"times": 0}}, "times"),
+        ({"replay": {"rows_at_once": -1}}, "rows_at_once"),
+        ({"fam": {"fam_query": "static"}}, "static"),
+        ({"run": {"cuda_graphs": True, "activation_checkpointing": True}}, "checkpointing"),
+        ({"run": {"cuda_graphs": True}, "fam": {"fam_position": "zero"}}, "fam_position"),
         ({"data": {"layout": "documents"}}, "single"),
         ({"data": {"sources": [{"kind": "files", "path": "x.jsonl"}]}}, "files"),
     ],

@@ -107,11 +107,16 @@ class ReadBefore:
         block: (layer, j) to keys, rotated in the frame of block j itself, and values of its tokens,
             (R, Hk, B or less, D); or (1, Hk, ..) if all streams read the same.
         anchors: layer to those of the streams, see `Read`; (1, Hk, ..) too if they are alike.
+        fams: (layer, j) to F after block j, (R, N, d), of the newest `previous_fams` blocks, if it is
+            known too: no layer then updates it.
+        keep: whether the memory after the call is wanted, and not F alone, which an observer is told.
     """
 
     columns: int
     block: Callable[[int, int], KeyValue]
     anchors: Callable[[int], KeyValue]
+    fams: Callable[[int, int], Tensor] | None = None
+    keep: bool = True
 
 
 _KEPT: ContextVar[dict[Any, Any] | None] = ContextVar("kept", default=None)

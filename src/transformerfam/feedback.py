@@ -175,10 +175,12 @@ class Recurrence:
         return (wide * (float(norm) / rms).clamp(max=1.0)).to(fam.dtype)
 
 
-def fam_keys(call: Call, layer: int, reenter: Reenter, fam: Tensor, block: int) -> KeyValue:
+def fam_keys(
+    call: Call, layer: int, reenter: Reenter, fam: Tensor, block: int, frame: int = 0
+) -> KeyValue:
     """Keys, rotated for block `block` of the call to read, and values of F (R, N, d)."""
     _, key, value = projections(reenter, fam)
-    return KeyValue(rotate(key, fam_tables(call, layer, block, key)), value)
+    return KeyValue(rotate(key, fam_tables(call, layer, block, key, frame)), value)
 
 
 def fam_tables(call: Call, layer: int, block: int, like: Tensor, frame: int = 0) -> Tables | None:

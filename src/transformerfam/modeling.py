@@ -117,8 +117,8 @@ class FamDecoder(Picklable):
             fam_call=call,
             **kwargs,
         )
-        call.finish(memory)
-        if self.training:
+        call.finish(memory if call.keep else None)
+        if self.training and fam_given is None:
             output["last_hidden_state"] = output["last_hidden_state"] + self._nothing(call)
         output["past_key_values"] = memory
         return output if return_dict is not False else output.to_tuple()
@@ -169,7 +169,7 @@ class FamDecoder(Picklable):
             list(state.layers_memory),
             self.rotaries(),
             start,
-            keep=memory is not None,
+            keep=memory is not None and (given is None or given.keep),
             first_fams=first_fams if any(beginning) else None,
             beginning=beginning,
             offset=state.offset,

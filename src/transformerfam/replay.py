@@ -8,6 +8,7 @@ tokens. A memory that is led over all blocks of a text is the one that reading i
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,6 +33,25 @@ class Recording:
 
     tokens: list[KeyValue]
     anchors: list[KeyValue]
+
+    @staticmethod
+    def cat(parts: Sequence[Recording]) -> Recording:
+        """Streams one below the other."""
+        if len(parts) == 1:
+            return parts[0]
+
+        def joined(layers: Sequence[KeyValue]) -> KeyValue:
+            keys, values = ([getattr(x, name) for x in layers] for name in ("keys", "values"))
+            return KeyValue(torch.cat(keys), torch.cat(values))
+
+        tokens = zip(*(p.tokens for p in parts), strict=True)
+        anchors = zip(*(p.anchors for p in parts), strict=True)
+        return Recording([joined(x) for x in tokens], [joined(x) for x in anchors])
+
+    def rows(self, rows: slice) -> Recording:
+        """Some of the streams."""
+        cut = [[kv.map(lambda x: x[rows]) for kv in part] for part in (self.tokens, self.anchors)]
+        return Recording(*cut)
 
 
 @torch.no_grad()
@@ -101,6 +121,23 @@ def replay(model: Any, given: ReadBefore, memory: Memory, **options: Any) -> Non
         fam_given=given,
         **options,
     )
+
+
+def memory_at(model: Any, rows: int, block: int, fams: Sequence[Tensor] | None = None) -> Memory:
+    """A memory of streams that stand at the start of a block, with F of each layer and nothing else.
+
+    Args:
+        model: a TransformerFAM.
+        rows: R.
+        block: whole blocks that were read.
+        fams: F of each layer, (R, N, d), after them; None: there is none, and if `block` is not 0, what
+            comes next is given with its own (`ReadBefore.fams`) and fills the windows.
+    """
+    memory = Memory.for_model(model, rows)
+    if fams is not None:
+        memory.begin_with(fams)
+    memory.position = (block * memory.config.block_size,) * rows
+    return memory
 
 
 def _check(config: FamConfig, memory: Memory) -> None:

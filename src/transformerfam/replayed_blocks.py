@@ -5,7 +5,7 @@ See `replay` for what that is good for.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from functools import cache
 
 import torch
@@ -14,7 +14,8 @@ from torch.nn.functional import pad
 
 from transformerfam.attention import AttentionStyle
 from transformerfam.blocks import TokenPass
-from transformerfam.feedback import Recurrence
+from transformerfam.call import ReadBefore
+from transformerfam.feedback import Recurrence, fam_keys
 from transformerfam.layer_memory import KeyValue, LayerMemory
 from transformerfam.rotary import rotate
 
@@ -31,11 +32,35 @@ class ReplayPass(TokenPass):
         given = self.call.given
         assert given is not None
         block = cache(lambda j: given.block(self.layer, j))
+        if self.call.keep:
+            self._keep(given, block)
+        else:
+            self._led(block, self._beginning(), {})
+        return value.new_zeros(*query.shape[:3], value.shape[-1]).transpose(1, 2)
+
+    def _led(
+        self, block: Callable[[int], KeyValue], fam: Tensor, extra: Mapping[str, Tensor]
+    ) -> tuple[Tensor, dict[int, KeyValue], Mapping[str, Tensor]]:
+        """F after the blocks, its keys and values after each of them, and what else is kept."""
+        recurrence = Recurrence(self.call, self.layer, self.reenter, block, extra, own_frames=True)
+        fam, made = recurrence.run(fam)
+        return fam, dict(enumerate(made)), recurrence.extra
+
+    def _beginning(self) -> Tensor:
+        """F before the call, of streams that all begin with one or all with none."""
+        first = self.call.first_fams
+        if first is None:
+            return self.hidden.new_zeros(self.plan.rows, self.config.fam_length, self.hidden.shape[-1])
+        return first[self.layer].to(self.hidden).expand(self.plan.rows, -1, -1)
+
+    def _keep(self, given: ReadBefore, block: Callable[[int], KeyValue]) -> None:
+        """Leave the memory after the call."""
         before = self._before(self._of_each(block(0)))
-        recurrence = Recurrence(
-            self.call, self.layer, self.reenter, block, before.extra, own_frames=True
-        )
-        fam, made = recurrence.run(before.fam)
+        if given.fams is None:
+            fam, made, extra = self._led(block, before.fam, before.extra)
+        else:
+            fam, made = self._known(given.fams, before)
+            extra = before.extra
         anchors = self._of_each(given.anchors(self.layer))
         parts = [
             *self._past(before, block),
@@ -46,8 +71,19 @@ class ReplayPass(TokenPass):
         tokens = KeyValue.cat([self._of_each(part) for part in parts])
         keys = self._with_anchors(tokens.keys, anchors.keys, moved=True)
         after = KeyValue(keys, tokens.values)
-        self.call.leave(self.layer, self._after(after, anchors, fam, recurrence.extra))
-        return value.new_zeros(*query.shape[:3], value.shape[-1]).transpose(1, 2)
+        self.call.leave(self.layer, self._after(after, anchors, fam, extra))
+
+    def _known(
+        self, fams: Callable[[int, int], Tensor], before: LayerMemory
+    ) -> tuple[Tensor, dict[int, KeyValue]]:
+        """F after the last block, and keys and values of the newest, where all of them are given."""
+        n, k = self.plan.finished[0], self.config.previous_fams
+        newest = {j: fams(self.layer, j) for j in range(max(0, n - k), n)}
+        made = {
+            j: fam_keys(self.call, self.layer, self.reenter, fam, j + 1, frame=j + 1)
+            for j, fam in newest.items()
+        }
+        return newest.get(n - 1, before.fam), made
 
     def _of_each(self, part: KeyValue) -> KeyValue:
         """What streams share, for each of them."""
@@ -66,14 +102,14 @@ class ReplayPass(TokenPass):
             *(self._turned(block(j), n - j) for j in newer),
         ]
 
-    def _fams(self, before: LayerMemory, made: Sequence[KeyValue]) -> list[KeyValue]:
+    def _fams(self, before: LayerMemory, made: Mapping[int, KeyValue]) -> list[KeyValue]:
         """The newest FAMs."""
         n, N = self.plan.finished[0], self.config.fam_length
         start = self.plan.past_length + self.anchors
         old = [before.tokens.cut(at, at + N) for at in range(start, start + self.fam_slots, N)]
         both = [
             *(self._turned(piece, n) for piece in old),
-            *(self._turned(piece, n - 1 - j) for j, piece in enumerate(made)),
+            *(self._turned(piece, n - 1 - j) for j, piece in made.items()),
         ]
         return both[len(both) - self.config.previous_fams :]
 

@@ -85,6 +85,19 @@ class Batch:
             valid=pad(valid, (0, more)),
         )
 
+    def rows(self, rows: slice) -> Batch:
+        """Some of the rows."""
+        return Batch(
+            self.inputs[rows],
+            self.targets[rows],
+            self.weights[rows],
+            None if self.valid is None else self.valid[rows],
+            self.fresh[rows],
+            self.asked_from[rows],
+            self.told[rows],
+            self.question[rows],
+        )
+
     def segments(self, size: int) -> Iterator[Batch]:
         """Cut along time into pieces of `size` tokens; 0: not at all."""
         size = size or self.inputs.shape[1]

@@ -10,7 +10,7 @@ Where only what is asked sees FAM (`fam_seen="asked"`) it is of a whole text, on
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -25,6 +25,7 @@ from transformerfam.training.recipe import Recipe
 from transformerfam.training.steps import FamAfterBlocks, Stepper
 
 Beginning = Literal["anew", "passed", "on"]
+Result = TypeVar("Result")
 
 
 class RecordedStepper(Stepper):
@@ -41,9 +42,7 @@ class RecordedStepper(Stepper):
         self._recordings: dict[tuple[int, int, Beginning, int, int], Recording] = {}
         # By rows and past blocks: where streams stand.
         self._streams: dict[tuple[int, int], Streams] = {}
-        trained = [p for p in model.parameters() if p.requires_grad]
-        # A recording adds to the gradients that were there when it was made.
-        self._gradients = [(p, torch.zeros_like(p)) for p in trained]
+        self._gradients = _Gradients([p for p in model.parameters() if p.requires_grad])
 
     def run(self, step: int, batches: Sequence[Batch]) -> float | None:
         """See `Stepper`."""
@@ -61,7 +60,7 @@ class RecordedStepper(Stepper):
     def _through(
         self, batch: Batch, memory: Memory, total: float, is_last: bool
     ) -> tuple[float, Memory]:
-        self._give_gradients()
+        self._gradients.give()
         self.tokens += batch.tokens
         size, B = self._length, self.base.fam_config.block_size
         if self._some_ask:
@@ -105,7 +104,7 @@ class RecordedStepper(Stepper):
         self, begins: Beginning, rows: int, streams: Streams, length: int, read: int
     ) -> Recording:
         """A new recording; it was run to be made, and leaves nothing of that behind."""
-        touched = [*(gradient for _, gradient in self._gradients), *streams.tensors()]
+        touched = [*self._gradients.tensors, *streams.tensors()]
         before = [tensor.clone() for tensor in touched]
         made = Recording(
             self.model,
@@ -121,14 +120,6 @@ class RecordedStepper(Stepper):
         )
         torch._foreach_copy_(touched, before)
         return made
-
-    def _give_gradients(self) -> None:
-        """Put the gradients back where the optimizer has taken them away, at zero."""
-        gone = [(p, gradient) for p, gradient in self._gradients if p.grad is None]
-        if gone:
-            torch._foreach_zero_([gradient for _, gradient in gone])
-        for parameter, gradient in gone:
-            parameter.grad = gradient
 
 
 class Streams:
@@ -301,12 +292,72 @@ class Recording:
         return memory
 
 
+class RecordedPieces:
+    """Pieces of work of which each is recorded once and then played with other tensors.
+
+    Args:
+        parameters: that are trained. What is recorded adds to their gradients, which stay where they are.
+    """
+
+    def __init__(self, parameters: Sequence[Tensor]) -> None:
+        self._gradients = _Gradients(parameters)
+        self._pool = graph_pool()
+        self._made: dict[Any, tuple[list[Tensor], list[Tensor], Callable[[], None]]] = {}
+
+    def __call__(
+        self, key: Any, run: Callable[[list[Tensor]], list[Tensor]], given: list[Tensor]
+    ) -> list[Tensor]:
+        """What `run(given)` returns, valid until something is played again.
+
+        Args:
+            key: names the piece; whatever else than these tensors `run` depends on belongs in it.
+            run: the piece; must not look at what is in the tensors.
+            given: of the same shapes whenever the key is the same.
+        """
+        self._gradients.give()
+        if key not in self._made:
+            places = [tensor.clone() for tensor in given]
+            before = [gradient.clone() for gradient in self._gradients.tensors]
+            kept: dict[Any, Any] = {}
+
+            def piece() -> list[Tensor]:
+                with keeping(kept):
+                    return run(places)
+
+            self._made[key] = places, *recorded(piece, self._pool)
+            torch._foreach_copy_(self._gradients.tensors, before)
+        places, results, play = self._made[key]
+        torch._foreach_copy_(places, given)
+        play()
+        return results
+
+
+class _Gradients:
+    """Gradients that stay in their places: a recording adds to those that were there when it was made."""
+
+    def __init__(self, parameters: Sequence[Tensor]) -> None:
+        self._pairs = [(p, torch.zeros_like(p)) for p in parameters]
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All of them."""
+        return [gradient for _, gradient in self._pairs]
+
+    def give(self) -> None:
+        """Put them back where the optimizer has taken them away, at zero."""
+        gone = [(p, gradient) for p, gradient in self._pairs if p.grad is None]
+        if gone:
+            torch._foreach_zero_([gradient for _, gradient in gone])
+        for parameter, gradient in gone:
+            parameter.grad = gradient
+
+
 def graph_pool() -> Any:
     """Memory for recordings of which one plays at a time."""
     return torch.cuda.graph_pool_handle()
 
 
-def recorded(run: Callable[[], Tensor], pool: Any) -> tuple[Tensor, Callable[[], None]]:
+def recorded(run: Callable[[], Result], pool: Any) -> tuple[Result, Callable[[], None]]:
     """What `run` returns, and what does `run` again and leaves its new result there."""
     aside = torch.cuda.Stream()
     aside.wait_stream(torch.cuda.current_stream())

@@ -12,35 +12,38 @@ That prose is not what would have been read behind the row's first block: it sto
 from __future__ import annotations
 
 import random
-from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from transformerfam.call import ReadBefore
 from transformerfam.conversion import reconfigure
 from transformerfam.data.rows import Mixture, Source
 from transformerfam.errors import UserError
 from transformerfam.layer_memory import KeyValue
 from transformerfam.memory import Memory
-from transformerfam.replay import Recording, record, replay
+from transformerfam.replay import Recording, memory_at, record
 from transformerfam.stream import evaluating
 from transformerfam.training.batches import Batch
-from transformerfam.training.graphs import RecordedStepper
+from transformerfam.training.graphs import RecordedPieces, RecordedStepper
+from transformerfam.training.leading import Block, Leading, at_once
 from transformerfam.training.recipe import Recipe
-from transformerfam.training.steps import FamAfterBlocks, Stepper
+from transformerfam.training.steps import Stepper
 
 _STREAMS = 4  # that are read side by side
+# Of steps that are recorded: questions are filled up to a multiple of so many tokens,
+_WIDTH = 32
+# and begin at one of so many places of a block.
+_PLACES = 4
 
 
 def stepper_for(accelerator: Any, model: Any, base: Any, recipe: Recipe, source: Source) -> Stepper:
-    """The recipe's way to do steps; without a GPU, or with several, nothing is a CUDA graph."""
+    """The recipe's way to do steps."""
     if recipe.replay.blocks and recipe.fam.has_feedback:
         return ReplayStepper(accelerator, model, base, recipe, source)
-    one_gpu = accelerator.device.type == "cuda" and accelerator.num_processes == 1
-    kind = RecordedStepper if recipe.run.cuda_graphs and one_gpu else Stepper
+    kind = RecordedStepper if _recorded(accelerator, recipe) else Stepper
     return kind(accelerator, model, base, recipe)
 
 
@@ -136,6 +139,17 @@ class Text:
         return len(self.rows.fresh) * (self.blocks * block_size + self.begun) + self.asked.tokens
 
 
+def _begins(place: int, room: int) -> int:
+    """One of `_PLACES` places of so many tokens' room."""
+    return max(0, (2 * place + 1) * room // (2 * _PLACES))
+
+
+def _recorded(accelerator: Any, recipe: Recipe) -> bool:
+    """Whether steps are CUDA graphs: without a GPU, or with several, nothing is."""
+    one_gpu = accelerator.device.type == "cuda" and accelerator.num_processes == 1
+    return recipe.run.cuda_graphs and one_gpu
+
+
 class ReplayStepper(Stepper):
     """Forward and backward of steps over recorded blocks.
 
@@ -151,6 +165,10 @@ class ReplayStepper(Stepper):
             raise UserError("replay.blocks does not go with FSDP; set it to 0.")
         self._source = source
         self._library: Library | None = None
+        self._trained = [p for p in model.parameters() if p.requires_grad]
+        self._recorded = _recorded(accelerator, recipe)
+        plays = RecordedPieces(self._trained) if self._recorded else at_once
+        self._pieces = Leading(accelerator, self.inner, base, plays)
 
     @property
     def library(self) -> Library:
@@ -165,26 +183,41 @@ class ReplayStepper(Stepper):
             reconfigure(self.base, drawn)
         return self._library
 
+    def run(self, step: int, batches: Sequence[Batch]) -> float | None:
+        """See `Stepper`."""
+        loss = super().run(step, batches)
+        if self.accelerator.num_processes > 1:
+            # Gradients come in pieces, past the wrapper that would add them up.
+            for parameter in self._trained:
+                own = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+                parameter.grad = self.accelerator.reduce(own, "sum")
+        return loss
+
     def _through(
         self, batch: Batch, memory: Memory, total: float, is_last: bool
     ) -> tuple[float, Memory]:
-        settings, batch = self.recipe.replay, batch.to(self.accelerator.device)
-        library, B = self.library, self.base.fam_config.block_size
-        batch.check_told_within(B)
-        with evaluating(self.base), self.accelerator.autocast():
-            (own,) = record(self.base, batch.inputs[:, :B], memory.fork())
-        summed = 0.0
-        for time in range(settings.times):
+        batch.check_told_within(self.base.fam_config.block_size)
+        own = self._read(batch, memory)
+        summed, times = 0.0, self.recipe.replay.times
+        for time in range(times):
             text = self._text(batch, time)
-            self.tokens += text.tokens(B)
-            sends = is_last and time == settings.times - 1
-            with nullcontext() if sends else self.accelerator.no_sync(self.model):
-                with self.accelerator.autocast():
-                    loss, extra = self._replayed(text, own, library, memory.fork())
-                share = self.accelerator.num_processes / total / settings.times
-                self.accelerator.backward((loss + extra) * share)
-            summed += float(loss.detach()) / settings.times
+            self.tokens += text.tokens(self.base.fam_config.block_size)
+            summed += self._replayed(text, own, 1 / total / times if total else 0.0) / times
         return summed, memory
+
+    def _read(self, batch: Batch, memory: Memory) -> Recording:
+        """The rows' own blocks."""
+        ids = batch.inputs[:, : self.base.fam_config.block_size].to(self.accelerator.device)
+        parts = []
+        with evaluating(self.base), self.accelerator.autocast():
+            for rows in self._in_turn(len(ids)):
+                parts += record(self.base, ids[rows], memory_at(self.base, rows.stop - rows.start, 0))
+        return Recording.cat(parts)
+
+    def _in_turn(self, rows: int) -> list[slice]:
+        """Rows that read, or are asked, at a time."""
+        each = self.recipe.replay.rows_at_once or rows
+        return [slice(start, min(start + each, rows)) for start in range(0, rows, each)]
 
     def _text(self, batch: Batch, time: int) -> Text:
         """What is put around the own blocks, alike for all rows of the step on all processes."""
@@ -192,27 +225,98 @@ class ReplayStepper(Stepper):
         rng = random.Random(f"{self.recipe.run.seed}/replay/{self._step}/{time}")
         before, behind = rng.choice(settings.before), rng.choice(settings.behind)
         asked = batch.questions(range(len(batch.fresh)), batch.asked_from)
-        begun, place = rng.randrange(B), rng.randrange(len(self.library))
-        return Text(batch, asked, time, before, before + 1 + behind, begun, place)
+        if self._recorded:
+            asked = asked.filled_up(-(-asked.inputs.shape[1] // _WIDTH) * _WIDTH)
+            # A recording for each place where questions begin, and none of them goes on in the next block.
+            begun = _begins(rng.randrange(_PLACES), B - asked.inputs.shape[1])
+        else:
+            begun = rng.randrange(B)
+        return Text(batch, asked, time, before, before + 1 + behind, begun, rng.randrange(len(self.library)))
 
-    def _replayed(
-        self, text: Text, own: Recording, library: Library, memory: Memory
-    ) -> tuple[Tensor, Tensor | float]:
-        """As `_loss`."""
-        B = self.base.fam_config.block_size
+    def _replayed(self, text: Text, own: Recording, share: float) -> float:
+        """The loss of a text, whose gradients times `share` are added to those of the parameters."""
+        fams = self._led(text, own)
+        gradients, summed = torch.zeros_like(fams), 0.0
+        for rows in self._in_turn(len(text.rows.fresh)):
+            summed += self._ask(text, own, rows, fams, gradients, share)
+            if self.feedback.asked_blocks:
+                self._ask_fam_alone(text, rows, fams, gradients, share / self.feedback.asked_blocks)
+        for j in reversed(range(text.blocks)):
+            self._same_chance(text, j)
+            given = self._block(text, own, j), len(text.rows.fresh), j, gradients[j]
+            found = self._pieces.back(fams[j - 1] if j else None, *given)
+            if j and found is not None:
+                gradients[j - 1] += found
+        return summed
 
-        def block(layer: int, j: int) -> KeyValue:
-            if j == text.own:
-                return own.tokens[layer]
-            read = library.block(layer, text.prose(j, len(library)))
-            return read if j < text.blocks else read.cut(0, text.begun)
+    def _led(self, text: Text, own: Recording) -> Tensor:
+        """F after each block, (n, L, R, N, d)."""
+        fams: list[Tensor] = []
+        for j in range(text.blocks):
+            self._same_chance(text, j)
+            before = fams[-1] if fams else None
+            found = self._pieces.lead(before, self._block(text, own, j), len(text.rows.fresh), j)
+            fams.append(found.clone())
+        return torch.stack(fams)
 
-        written = FamAfterBlocks()
-        often = {"fam_observer": written} if self.feedback.asked_blocks else {}
-        columns = text.blocks * B + text.begun
-        replay(self.base, ReadBefore(columns, block, own.anchors.__getitem__), memory, **often)
-        with memory.asked():
-            summed = self._part_loss(text.asked, memory, {})
-        told = tuple(text.own * B + n for n in text.rows.told)
-        rows = replace(text.rows, told=told, asked_from=(columns,) * len(told))
-        return summed, self._asked_of_fam_alone(rows, written, text.time)
+    def _same_chance(self, text: Text, block: int) -> None:
+        """Dropout there is dropout back."""
+        if not self._recorded:
+            torch.manual_seed(self._seed(self._step) ^ (text.time << 16 | block + 1))
+
+    def _block(self, text: Text, own: Recording, j: int) -> Block:
+        """What a block of the text left; of the last, that is begun, what is read of it."""
+        if j == text.own:
+            return own.tokens
+        place = text.prose(j, len(self.library))
+        read = [self.library.block(layer, place) for layer in range(len(own.tokens))]
+        return read if j < text.blocks else [kv.cut(0, text.begun) for kv in read]
+
+    def _ask(
+        self, text: Text, own: Recording, rows: slice, fams: Tensor, gradients: Tensor, share: float
+    ) -> float:
+        """Ask some rows; adds to the gradients of F."""
+        config = self.base.fam_config
+        k = min(config.previous_fams, text.blocks)
+        count = min(text.blocks, max(config.memory_segments, config.previous_fams))
+        each = own.rows(rows)
+        blocks = [self._block(text, each, j) for j in range(text.blocks - count, text.blocks + 1)]
+        asked = text.asked.rows(rows).to(self.accelerator.device)
+        newest = slice(text.blocks - k, None)
+        summed, found = self._pieces.ask(
+            fams[newest, :, rows], blocks, each.anchors, text.blocks, asked, self._columns(asked), share
+        )
+        gradients[newest, :, rows] += found
+        return summed
+
+    def _ask_fam_alone(
+        self, text: Text, rows: slice, fams: Tensor, gradients: Tensor, share: float
+    ) -> None:
+        """Ask some rows behind blocks that are drawn for each, all of which have told; as `_ask`."""
+        blocks = range(text.own, text.blocks)
+        drawn = [
+            (row, block)
+            for row in range(rows.start, rows.stop)
+            for block in self._draw(blocks, text.rows.inputs[row], text.time)
+        ]
+        asked = text.rows.questions([row for row, _ in drawn])
+        if self._recorded:
+            asked = asked.filled_up(-(-asked.inputs.shape[1] // _WIDTH) * _WIDTH)
+        asked = asked.to(self.accelerator.device)
+        places = tuple(torch.tensor(x, device=fams.device) for x in zip(*drawn, strict=True))
+        by_row = fams.permute(2, 0, 1, 3, 4)  # (R, n, L, N, d)
+        known = by_row[places].transpose(0, 1)[None]
+        segments = self.base.fam_config.memory_segments
+        if asked.inputs.shape[1] <= self.base.fam_config.block_size:
+            self._set_segments(0)  # that there is nothing in them need not be looked at
+        _, found = self._pieces.ask_fam_alone(known, asked, self._columns(asked), share)
+        self._set_segments(segments)
+        gradients.permute(2, 0, 1, 3, 4).index_put_(
+            places, found[0].transpose(0, 1), accumulate=True
+        )
+
+    def _columns(self, asked: Batch) -> Tensor:
+        """Where the head is computed: everywhere, if that is to be alike in all texts."""
+        if self._recorded:
+            return torch.arange(asked.inputs.shape[1], device=asked.inputs.device)
+        return asked.weights.any(0).nonzero()[:, 0]

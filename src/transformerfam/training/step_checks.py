@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from transformerfam.errors import UserError
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
 def check_replay(recipe: Recipe) -> None:
     """What is kept of tokens must not change, and there must be something to put around."""
     replay, fam, feedback = recipe.replay, recipe.fam, recipe.feedback
-    at_least(0, "replay", replay, ["blocks"])
+    at_least(0, "replay", replay, ["blocks", "rows_at_once"])
     at_least(1, "replay", replay, ["times"])
     for name in ("before", "behind"):
         drawn = getattr(replay, name)
@@ -47,7 +48,7 @@ def check_replay(recipe: Recipe) -> None:
         "feedback.state_passing": feedback.state_passing,
         "feedback.diversity_weight": feedback.diversity_weight,
         "feedback.reconstruction_weight": feedback.reconstruction_weight,
-        "run.cuda_graphs": recipe.run.cuda_graphs,
+        'fam.fam_query="static"': fam.fam_query == "static",
     }
     found = [name for name, is_set in wrong.items() if is_set]
     refuse_unless(
@@ -63,6 +64,9 @@ def _prose_counts(recipe: Recipe) -> bool:
 def check_recording(recipe: Recipe) -> None:
     """What every row of a recorded step has in common is recorded with it."""
     if not recipe.run.cuda_graphs:
+        return
+    if recipe.replay.blocks:
+        _refuse_in_recordings(_where_replayed(recipe))
         return
     feedback = recipe.feedback
     wrong = {
@@ -86,14 +90,30 @@ def check_recording(recipe: Recipe) -> None:
             for s in recipe.data.sources
             if s.kind != "files"
         )
+    _refuse_in_recordings(wrong)
+    if feedback.bptt_blocks:
+        _check_segments_alike(recipe)
+
+
+def _where_replayed(recipe: Recipe) -> dict[str, object]:
+    """A block is played alike wherever it stands in a text."""
+    return {
+        "run.activation_checkpointing=true": recipe.run.activation_checkpointing,
+        "feedback.position_offset": recipe.feedback.position_offset,
+        "feedback.bias_steps": recipe.feedback.bias_steps and recipe.fam.has_feedback,
+        "train.dropout": recipe.train.dropout,
+        'fam.fam_position="zero"': recipe.fam.fam_position == "zero",
+        "fam.global_tokens": recipe.fam.global_positions,
+    }
+
+
+def _refuse_in_recordings(wrong: Mapping[str, object]) -> None:
     found = [name for name, is_set in wrong.items() if is_set]
     refuse_unless(
         not found,
         f"run.cuda_graphs plays the same step again and again, which does not go with "
         f"{', '.join(found)}; leave one or the other out.",
     )
-    if feedback.bptt_blocks:
-        _check_segments_alike(recipe)
 
 
 def _check_segments_alike(recipe: Recipe) -> None:

@@ -65,6 +65,10 @@ class FamAfterBlocks:
         """Of the call."""
         return min(map(len, self._fams.values()), default=0)
 
+    def after(self, block: int) -> list[Tensor]:
+        """F of each layer, (R, N, d), after a block."""
+        return [fams[block] for _, fams in sorted(self._fams.items())]
+
     def behind(self, places: Sequence[tuple[int, int]]) -> list[Tensor]:
         """F of each layer, (places, N, d), of the row and after the block that each place names."""
         return [
@@ -262,9 +266,7 @@ class Stepper:
             summed = before + self._part_loss(rest, memory, often)
         return summed, self._asked_of_fam_alone(segment, written)
 
-    def _asked_of_fam_alone(
-        self, segment: Batch, written: FamAfterBlocks, time: int = 0
-    ) -> Tensor | float:
+    def _asked_of_fam_alone(self, segment: Batch, written: FamAfterBlocks) -> Tensor | float:
         """As `_loss`, of questions behind `asked_blocks` blocks of each row, in the mean over them.
 
         A text is read once, and teaches what FAM holds behind each block that it was asked behind: from
@@ -281,7 +283,6 @@ class Stepper:
             for block in self._draw(
                 range(max(0, -(-told // B) - 1), min(asked_from // B, written.blocks)),
                 segment.inputs[row],
-                time,
             )
         ]
         if not drawn:
@@ -293,7 +294,7 @@ class Stepper:
             share = self._part_loss(asked, memory, {}, model=self.inner, counts_right=False)
         return share / self.feedback.asked_blocks
 
-    def _draw(self, blocks: range, text: Tensor, time: int) -> list[int]:
+    def _draw(self, blocks: range, text: Tensor, time: int = 0) -> list[int]:
         """`asked_blocks` of them; the same ones whichever process has the text."""
         again = f"/{time}" if time else ""
         rng = random.Random(f"{self.recipe.run.seed}/asked/{self._step}/{int(text.sum())}{again}")
