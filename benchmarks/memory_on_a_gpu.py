@@ -5,8 +5,8 @@
         --adapter shipped --from smollm2-updates
 
 The same as `fam train` with each recipe, from the adapter of the one before, in larger steps. To record
-a step takes half a second a block: texts are of a length or two here, where the recipes have many. Steps
-that replay their prose are not recorded.
+a step takes half a second a block: texts are of a length or two here, where the recipes have many. Texts
+that are replayed are recorded block by block, however long they are.
 A stage that has its adapter in OUT is not done again, and one that was broken off goes on from its last
 checkpoint. Minutes are those of training: loading takes half a minute more a stage. What is in
 OUT/adapter in the end is small enough to be carried about (bfloat16). `--check` takes one short step of
@@ -52,11 +52,26 @@ STAGES: tuple[tuple[str, float, int, tuple[int, ...], tuple[str, ...]], ...] = (
         (5300, 9400, 9400),
         (*LARGE, "data.length=16384", "optimizer.learning_rate=6e-4"),
     ),
-    ("smollm2-replay", 0.4, 32, (), ("data.micro_batch_size=16",)),
+    (
+        "smollm2-replay",
+        0.4,
+        96,
+        (),
+        (
+            "replay.blocks=256",
+            "replay.before=0,0,0,0,1,3,6,12",
+            "replay.behind=1,3,5,8,12,16,24,36",
+            "replay.times=2",
+            "replay.rows_at_once=32",
+            "optimizer.learning_rate=5e-4",
+            "optimizer.warmup_steps=8",
+        ),
+    ),
 )
 NAMES = [name for name, *_ in STAGES]
 ON_A_GPU = ("model.dtype=bfloat16", "run.precision=bf16", "run.checkpoint_every=50")
 CHECK = ("run.steps=1", "data.batch_size=2", "data.micro_batch_size=0")
+CHECK_REPLAY = ("replay.blocks=4", "replay.times=1", "replay.before=1", "replay.behind=3")
 
 
 def recipe(stage: int, args: argparse.Namespace) -> Recipe:
@@ -74,12 +89,11 @@ def recipe(stage: int, args: argparse.Namespace) -> Recipe:
     elif args.adapter:
         changes.append(f"model.adapter={args.adapter}")
     if args.check:
-        short = ("replay.blocks=4", "replay.times=1") if own.replay.blocks else ()
+        short = CHECK_REPLAY if own.replay.blocks else ()
         return Recipe.load(find(name), [*changes, *CHECK, *short])
     share /= sum(share for _, share, *_ in STAGES[first:])
     changes += [*ON_A_GPU, f"run.minutes={share * args.minutes}"]
-    recorded = "true" if args.record and not own.replay.blocks else "false"
-    return Recipe.load(find(name), [*changes, f"run.cuda_graphs={recorded}"])
+    return Recipe.load(find(name), [*changes, f"run.cuda_graphs={str(args.record).lower()}"])
 
 
 def carried(folder: Path, to: Path) -> None:

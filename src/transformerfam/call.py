@@ -136,6 +136,17 @@ def keeping(made: dict[Any, Any]) -> Iterator[None]:
         _KEPT.reset(before)
 
 
+@contextmanager
+def apart(name: str) -> Iterator[None]:
+    """Let calls in here share what they make with each other alone, inside of `keeping`."""
+    kept = _KEPT.get()
+    if kept is None:
+        yield
+        return
+    with keeping(kept.setdefault(("apart", name), {})):
+        yield
+
+
 class Call:
     """One call of the decoder: R rows, T new tokens each, on an existing or a new memory.
 

@@ -50,7 +50,9 @@ class ReplayPass(TokenPass):
         """F before the call, of streams that all begin with one or all with none."""
         first = self.call.first_fams
         if first is None:
-            return self.hidden.new_zeros(self.plan.rows, self.config.fam_length, self.hidden.shape[-1])
+            return self.hidden.new_zeros(
+                self.plan.rows, self.config.fam_length, self.hidden.shape[-1]
+            )
         return first[self.layer].to(self.hidden).expand(self.plan.rows, -1, -1)
 
     def _keep(self, given: ReadBefore, block: Callable[[int], KeyValue]) -> None:

@@ -303,6 +303,8 @@ class RecordedPieces:
         self._gradients = _Gradients(parameters)
         self._pool = graph_pool()
         self._made: dict[Any, tuple[list[Tensor], list[Tensor], Callable[[], None]]] = {}
+        # One piece plays at a time: pieces that are given the like have places for it in common.
+        self._places: dict[Any, Tensor] = {}
 
     def __call__(
         self, key: Any, run: Callable[[list[Tensor]], list[Tensor]], given: list[Tensor]
@@ -316,7 +318,8 @@ class RecordedPieces:
         """
         self._gradients.give()
         if key not in self._made:
-            places = [tensor.clone() for tensor in given]
+            places = [self._place(i, tensor) for i, tensor in enumerate(given)]
+            torch._foreach_copy_(places, given)
             before = [gradient.clone() for gradient in self._gradients.tensors]
             kept: dict[Any, Any] = {}
 
@@ -330,6 +333,9 @@ class RecordedPieces:
         torch._foreach_copy_(places, given)
         play()
         return results
+
+    def _place(self, i: int, like: Tensor) -> Tensor:
+        return self._places.setdefault((i, like.shape, like.dtype), torch.empty_like(like))
 
 
 class _Gradients:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from transformerfam.call import ReadBefore
+from transformerfam.call import ReadBefore, apart
 from transformerfam.layer_memory import KeyValue
 from transformerfam.memory import Memory
 from transformerfam.replay import memory_at, replay
@@ -22,12 +22,16 @@ from transformerfam.training.batches import Batch
 from transformerfam.training.cross_entropy import weighted_cross_entropy
 from transformerfam.training.steps import FamAfterBlocks
 
-Block = Sequence[KeyValue]  # of each layer, what the tokens of a block left: (R, Hk, B, D) or (1, ..)
+Block = Sequence[
+    KeyValue
+]  # of each layer, what the tokens of a block left: (R, Hk, B, D) or (1, ..)
 # Does a piece of work on tensors; or plays it, if it is recorded.
 Plays = Callable[[Any, Callable[[list[Tensor]], list[Tensor]], list[Tensor]], list[Tensor]]
 
 
-def at_once(_: Any, run: Callable[[list[Tensor]], list[Tensor]], given: list[Tensor]) -> list[Tensor]:
+def at_once(
+    _: Any, run: Callable[[list[Tensor]], list[Tensor]], given: list[Tensor]
+) -> list[Tensor]:
     """The `Plays` that records nothing."""
     return run(given)
 
@@ -97,7 +101,7 @@ class Leading:
         anchors: Block,
         behind: int,
         asked: Batch,
-        columns: Tensor,
+        columns: Tensor | None,
         share: float,
     ) -> tuple[float, Tensor]:
         """Loss of questions behind blocks, and the gradients of F times `share`.
@@ -109,7 +113,7 @@ class Leading:
             anchors: of the streams (`Read.anchors`).
             behind: whole blocks of the text.
             asked: the questions, on the device.
-            columns: of them, those in which a token counts.
+            columns: of them, those in which a token counts; None: any.
             share: see above.
         """
         rows, count, begun = len(asked.inputs), len(blocks) - 1, blocks[-1][0].keys.shape[2]
@@ -133,7 +137,7 @@ class Leading:
         return self._asked(key, remembers, fams, tensors, asked, columns, share)
 
     def ask_fam_alone(
-        self, fams: Tensor, asked: Batch, columns: Tensor, share: float
+        self, fams: Tensor, asked: Batch, columns: Tensor | None, share: float
     ) -> tuple[float, Tensor]:
         """As `ask`, with F and nothing else to answer from.
 
@@ -165,29 +169,36 @@ class Leading:
         fams: Tensor,
         tensors: list[Tensor],
         asked: Batch,
-        columns: Tensor,
+        wanted: Tensor | None,
         share: float,
     ) -> tuple[float, Tensor]:
         def run(given: list[Tensor]) -> list[Tensor]:
-            fams, inputs, targets, weights, columns, share, *rest = given
+            fams, inputs, targets, weights, share, *rest = given
+            columns = None
+            if wanted is not None:
+                columns, *rest = rest
             leaf = fams.detach().requires_grad_()
             with self._accelerator.autocast():
                 memory = remembers(leaf, rest)
-                with memory.asked():
+                with memory.asked(), apart("question"):
                     logits = self._model(
                         input_ids=inputs,
                         past_key_values=memory,
                         use_cache=True,
-                        logits_to_keep=columns,
+                        logits_to_keep=0 if columns is None else columns,
                     ).logits
-                flat = (x.index_select(1, columns).flatten() for x in (targets, weights))
-                summed = weighted_cross_entropy(logits.flatten(0, 1), *flat)
+                if columns is not None:
+                    targets, weights = targets[:, columns], weights[:, columns]
+                summed = weighted_cross_entropy(
+                    logits.flatten(0, 1), targets.flatten(), weights.flatten()
+                )
             (summed * share).backward()
             return [summed.detach(), _gradient(leaf)]
 
-        given = [fams, asked.inputs, asked.targets, asked.weights, columns]
-        given += [torch.tensor(share, device=fams.device), *tensors]
-        key = *key, len(fams), tuple(asked.inputs.shape), len(columns)
+        given = [fams, asked.inputs, asked.targets, asked.weights]
+        given += [torch.tensor(share, device=fams.device)]
+        given += [*([] if wanted is None else [wanted]), *tensors]
+        key = *key, len(fams), tuple(asked.inputs.shape)
         summed, gradient = self._plays(key, run, given)
         return float(summed), gradient
 

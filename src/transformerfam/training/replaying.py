@@ -34,7 +34,7 @@ from transformerfam.training.steps import Stepper
 
 _STREAMS = 4  # that are read side by side
 # Of steps that are recorded: questions are filled up to a multiple of so many tokens,
-_WIDTH = 32
+_WIDTH = 64
 # and begin at one of so many places of a block.
 _PLACES = 4
 
@@ -211,7 +211,9 @@ class ReplayStepper(Stepper):
         parts = []
         with evaluating(self.base), self.accelerator.autocast():
             for rows in self._in_turn(len(ids)):
-                parts += record(self.base, ids[rows], memory_at(self.base, rows.stop - rows.start, 0))
+                parts += record(
+                    self.base, ids[rows], memory_at(self.base, rows.stop - rows.start, 0)
+                )
         return Recording.cat(parts)
 
     def _in_turn(self, rows: int) -> list[slice]:
@@ -231,7 +233,9 @@ class ReplayStepper(Stepper):
             begun = _begins(rng.randrange(_PLACES), B - asked.inputs.shape[1])
         else:
             begun = rng.randrange(B)
-        return Text(batch, asked, time, before, before + 1 + behind, begun, rng.randrange(len(self.library)))
+        return Text(
+            batch, asked, time, before, before + 1 + behind, begun, rng.randrange(len(self.library))
+        )
 
     def _replayed(self, text: Text, own: Recording, share: float) -> float:
         """The loss of a text, whose gradients times `share` are added to those of the parameters."""
@@ -284,7 +288,13 @@ class ReplayStepper(Stepper):
         asked = text.asked.rows(rows).to(self.accelerator.device)
         newest = slice(text.blocks - k, None)
         summed, found = self._pieces.ask(
-            fams[newest, :, rows], blocks, each.anchors, text.blocks, asked, self._columns(asked), share
+            fams[newest, :, rows],
+            blocks,
+            each.anchors,
+            text.blocks,
+            asked,
+            self._columns(asked),
+            share,
         )
         gradients[newest, :, rows] += found
         return summed
@@ -315,8 +325,8 @@ class ReplayStepper(Stepper):
             places, found[0].transpose(0, 1), accumulate=True
         )
 
-    def _columns(self, asked: Batch) -> Tensor:
+    def _columns(self, asked: Batch) -> Tensor | None:
         """Where the head is computed: everywhere, if that is to be alike in all texts."""
         if self._recorded:
-            return torch.arange(asked.inputs.shape[1], device=asked.inputs.device)
+            return None
         return asked.weights.any(0).nonzero()[:, 0]

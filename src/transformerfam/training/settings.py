@@ -240,7 +240,8 @@ class ReplaySettings:
     behind: tuple[int, ...] = _setting((4,), "the same behind it")
     times: int = _setting(1, "how often a step replays each text, each time with other prose")
     rows_at_once: int = _setting(
-        0, "rows that read their own block, or are asked, at a time; FAM is led in all together; 0: all"
+        0,
+        "rows that read their own block, or are asked, at a time; FAM is led in all together; 0: all",
     )
 
 

@@ -1,0 +1,181 @@
+"""Replayed texts on a GPU, their pieces recorded as CUDA graphs and not: the same gradients, and how fast.
+
+    .venv/bin/python benchmarks/recorded_replays.py --rows 96 --rows-at-once 32
+
+A model of SmolLM2's shape with random weights and random prose, LoRA of rank 16 and a FAM of 16 slots,
+blocks of 1,024. First prints by how much gradients differ, in float32 and bfloat16; then a line for each
+number of blocks and past blocks, plain and recorded in the same run. Needs a GPU; nothing is downloaded.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import time
+from typing import Any
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from transformerfam import convert, report
+from transformerfam.data.examples import Example
+from transformerfam.training import adaptation
+from transformerfam.training.batches import Batch
+from transformerfam.training.leading import Leading
+from transformerfam.training.recipe import Recipe
+from transformerfam.training.replaying import ReplayStepper
+from transformerfam.training.trainer import make_accelerator
+
+VOCABULARY, QUESTION = 49152, 60
+SHAPES = ((4, 0), (16, 0), (16, 3))  # blocks behind the first, past blocks that questions see
+
+
+class Prose:
+    """Random tokens."""
+
+    def draw(self, number: int) -> Example:
+        """See `Source`; nothing is drawn here."""
+        raise NotImplementedError
+
+    def prose(self, rng: random.Random, tokens: int) -> list[int]:
+        """So many of them."""
+        return [rng.randrange(VOCABULARY) for _ in range(tokens)]
+
+
+def made(layers: int, block_size: int, precision: str, behind: int, at_once: int) -> ReplayStepper:
+    """A stepper over a new model."""
+    torch.manual_seed(0)
+    llama = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=layers,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        tie_word_embeddings=True,
+    )
+    recipe = Recipe.from_dict(
+        {
+            "fam": {
+                "block_size": block_size,
+                "memory_segments": 3,
+                "fam_length": 16,
+                "feedback_norm": "rms",
+                "feedback_rms": 15.0,
+                "adapted": "fam",
+                "fam_seen": "asked",
+            },
+            "train": {"rank": 16, "alpha": 32.0},
+            "data": {"layout": "single", "length": 2 * block_size, "batch_size": 1},
+            "feedback": {"bias_steps": 0, "asked_blocks": 2, "drawn_segments": [0]},
+            "replay": {"blocks": 24, "before": [1], "behind": [behind], "rows_at_once": at_once},
+            "run": {"precision": precision, "activation_checkpointing": False, "cuda_graphs": True},
+        }
+    )
+    accelerator = make_accelerator(recipe)
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
+    plain = convert(LlamaForCausalLM(llama).to(dtype), recipe.fam)
+    model = adaptation.adapt(plain, recipe.train, seed=0)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:  # zeros at the start, behind which no gradient comes
+            torch.nn.init.normal_(parameter.data, std=0.02)
+    base = adaptation.base_of(model)
+    return ReplayStepper(accelerator, accelerator.prepare(model).train(), base, recipe, Prose())
+
+
+def batch(rows: int, block_size: int) -> Batch:
+    """Random texts, something asked behind their first block."""
+    length = block_size + 40 + QUESTION
+    ids = torch.randint(VOCABULARY, (rows, length + 1), generator=torch.Generator().manual_seed(0))
+    weights = torch.zeros(rows, length)
+    weights[:, -6:] = 1
+    asked, question = (length - QUESTION,) * rows, (length - QUESTION + 10,) * rows
+    return Batch(
+        ids[:, :-1], ids[:, 1:], weights, None, (True,) * rows, asked, (60,) * rows, question
+    )
+
+
+def difference(precision: str) -> float:
+    """The largest relative difference of a gradient, plain and recorded."""
+    found = []
+    for recorded in (False, True):
+        stepper = made(layers=3, block_size=128, precision=precision, behind=3, at_once=2)
+        if not recorded:
+            unrecord(stepper)
+        for step in range(2):  # the second is played back
+            for parameter in stepper.model.parameters():
+                parameter.grad = None
+            stepper.run(step, [batch(4, 128)])
+        named = stepper.model.named_parameters()
+        found.append({name: p.grad.clone() for name, p in named if p.requires_grad})
+    plain, played = found
+    return max(
+        float((plain[n] - played[n]).norm() / plain[n].norm().clamp(min=1e-9)) for n in plain
+    )
+
+
+def unrecord(stepper: ReplayStepper) -> None:
+    """The same texts, of pieces that are not recorded."""
+    stepper._pieces = Leading(stepper.accelerator, stepper.inner, stepper.base)
+
+
+def seconds(stepper: ReplayStepper, its: Batch, segments: int, steps: int) -> float:
+    """Of a step."""
+    stepper.recipe = stepper.recipe.replace(
+        feedback=stepper.recipe.feedback.__class__(
+            bias_steps=0, asked_blocks=2, drawn_segments=(segments,)
+        )
+    )
+    for step in range(8):  # all places where questions may begin
+        stepper.run(step, [its])
+    torch.cuda.synchronize()
+    began = time.perf_counter()
+    for step in range(steps):
+        stepper.run(step, [its])
+    torch.cuda.synchronize()
+    return (time.perf_counter() - began) / steps
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rows", type=int, default=96, help="texts of a step")
+    parser.add_argument("--rows-at-once", type=int, default=32, help="replay.rows_at_once")
+    parser.add_argument("--no-plain", action="store_true", help="time recorded steps alone")
+    args = parser.parse_args()
+    if not torch.cuda.is_available():
+        raise SystemExit("A step is recorded on a GPU, and there is none.")
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}", flush=True)
+    torch.backends.cuda.matmul.allow_tf32 = False
+    for precision in ("fp32", "bf16"):
+        found = difference(precision)
+        print(f"{precision}: largest relative difference of a gradient {found:.1e}", flush=True)
+    its, rows = batch(args.rows, 1024), []
+    for behind, segments in SHAPES:
+        torch.cuda.reset_peak_memory_stats()
+        stepper = made(30, 1024, "bf16", behind, args.rows_at_once)
+        recorded = seconds(stepper, its, segments, steps=4)
+        tokens, peak = stepper.tokens, torch.cuda.max_memory_reserved() / 2**30
+        plain = None
+        if not args.no_plain:
+            unrecord(stepper)
+            plain = seconds(stepper, its, segments, steps=1)
+        rows.append(
+            (
+                f"{behind + 2} blocks, {segments} before those asked",
+                "" if plain is None else f"{plain:.2f}",
+                f"{recorded:.2f}",
+                "" if plain is None else f"{plain / recorded:.1f}",
+                f"{tokens / recorded:,.0f}",
+                f"{peak:.0f} GiB",
+            )
+        )
+        print(rows[-1], flush=True)
+        del stepper
+        torch.cuda.empty_cache()
+    columns = ("texts", "plain, s", "recorded, s", "ratio", "recorded, tokens/s", "memory")
+    print(report.table(columns, rows))
+
+
+if __name__ == "__main__":
+    main()
