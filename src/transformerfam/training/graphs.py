@@ -303,6 +303,7 @@ class RecordedPieces:
         self._gradients = _Gradients(parameters)
         self._pool = graph_pool()
         self._made: dict[Any, tuple[list[Tensor], list[Tensor], Callable[[], None]]] = {}
+        self._kept: dict[Any, dict[Any, Any]] = {}  # what recordings look up: must not go away
         # One piece plays at a time: pieces that are given the like have places for it in common.
         self._places: dict[Any, Tensor] = {}
 
@@ -321,7 +322,7 @@ class RecordedPieces:
             places = [self._place(i, tensor) for i, tensor in enumerate(given)]
             torch._foreach_copy_(places, given)
             before = [gradient.clone() for gradient in self._gradients.tensors]
-            kept: dict[Any, Any] = {}
+            kept = self._kept.setdefault(key, {})
 
             def piece() -> list[Tensor]:
                 with keeping(kept):
