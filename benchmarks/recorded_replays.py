@@ -1,4 +1,4 @@
-"""Replayed texts on a GPU, their pieces recorded as CUDA graphs and not: the same gradients, and how fast.
+"""Replayed texts on a GPU, their pieces recorded as CUDA graphs and not: gradients, and how fast.
 
     .venv/bin/python benchmarks/recorded_replays.py --rows 96 --rows-at-once 32
 
@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import random
 import time
-from typing import Any
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM

@@ -150,7 +150,7 @@ def test_gradients_block_by_block_are_those_of_whole_texts(name: str) -> None:
     made = recipe(fam=GEOMETRIES[name], replay={"times": 4, "rows_at_once": 1}, asked_blocks=2)
     one, batch = stepper(ReplayStepper, made, Prose()), rows()
     loss, ours = one.run(3, [batch]), gradients(one.base)
-    own = one._read(batch, Memory.for_model(one.base, 2))
+    own = one._read(batch)
     one.base.zero_grad()
     total = 0.0
     for time in range(4):
@@ -185,7 +185,8 @@ def whole_text(one: ReplayStepper, text: Text, own: Recording) -> tuple[Tensor, 
 
 @pytest.mark.parametrize("name", GEOMETRIES)
 def test_recorded_pieces_are_those_that_are_not(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    made = recipe(fam=GEOMETRIES[name], replay={"times": 4, "rows_at_once": 1}, asked_blocks=2)
+    drawn = {"before": [0, 1, 2], "behind": [1, 2, 4], "times": 9, "rows_at_once": 1}
+    made = recipe(fam=GEOMETRIES[name], replay=drawn, asked_blocks=2)
     plain, ours = (recorded(made, monkeypatch, is_it) for is_it in (False, True))
     for step in range(2):
         losses = []
@@ -291,6 +292,7 @@ def test_a_run_that_goes_on_is_one_that_was_not_stopped(tmp_path: Path) -> None:
         ({"fam": {"attention": "full"}}, "windows that end"),
         ({"data": {"begin_length": 8}}, "begin_length"),
         ({"feedback": {"state_passing": 0.5}}, "state_passing"),
+        ({"feedback": {"position_offset": 0.5}}, "position_offset"),
         ({"replay": {"behind": []}}, "behind"),
         ({"replay": {"before": [-1]}}, "before"),
         ({"replay": {"times": 0}}, "times"),

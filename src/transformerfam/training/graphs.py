@@ -296,7 +296,7 @@ class RecordedPieces:
     """Pieces of work of which each is recorded once and then played with other tensors.
 
     Args:
-        parameters: that are trained. What is recorded adds to their gradients, which stay where they are.
+        parameters: that are trained. Recordings add to their gradients, which stay where they are.
     """
 
     def __init__(self, parameters: Sequence[Tensor]) -> None:
@@ -340,7 +340,7 @@ class RecordedPieces:
 
 
 class _Gradients:
-    """Gradients that stay in their places: a recording adds to those that were there when it was made."""
+    """Gradients that stay in their places: recordings add to those that were there at the time."""
 
     def __init__(self, parameters: Sequence[Tensor]) -> None:
         self._pairs = [(p, torch.zeros_like(p)) for p in parameters]

@@ -133,7 +133,8 @@ class Leading:
 
         tensors = [t for block in (*blocks, anchors) for t in _flat(block)]
         shared = tuple(len(block[0].keys) == 1 for block in blocks)
-        key = "ask", self._base.fam_config.memory_segments, begun, shared
+        # At the start of a text anchors may stand in the windows too, and are seen once.
+        key = "ask", self._base.fam_config.memory_segments, begun, shared, behind > count
         return self._asked(key, remembers, fams, tensors, asked, columns, share)
 
     def ask_fam_alone(

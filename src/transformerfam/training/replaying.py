@@ -24,7 +24,7 @@ from transformerfam.data.rows import Mixture, Source
 from transformerfam.errors import UserError
 from transformerfam.layer_memory import KeyValue
 from transformerfam.memory import Memory
-from transformerfam.replay import Recording, memory_at, record
+from transformerfam.replay import Recording, record
 from transformerfam.stream import evaluating
 from transformerfam.training.batches import Batch
 from transformerfam.training.graphs import RecordedPieces, RecordedStepper
@@ -45,6 +45,23 @@ def stepper_for(accelerator: Any, model: Any, base: Any, recipe: Recipe, source:
         return ReplayStepper(accelerator, model, base, recipe, source)
     kind = RecordedStepper if _recorded(accelerator, recipe) else Stepper
     return kind(accelerator, model, base, recipe)
+
+
+@dataclass(frozen=True)
+class Led:
+    """A text that FAM was led over, and what its questions want of FAM.
+
+    Attributes:
+        text: where it went.
+        own: what the rows' own blocks left.
+        fams: F after each block, (n, L, R, N, d).
+        gradients: of each of them.
+    """
+
+    text: Text
+    own: Recording
+    fams: Tensor
+    gradients: Tensor
 
 
 class Library:
@@ -197,7 +214,7 @@ class ReplayStepper(Stepper):
         self, batch: Batch, memory: Memory, total: float, is_last: bool
     ) -> tuple[float, Memory]:
         batch.check_told_within(self.base.fam_config.block_size)
-        own = self._read(batch, memory)
+        own = self._read(batch)
         summed, times = 0.0, self.recipe.replay.times
         for time in range(times):
             text = self._text(batch, time)
@@ -205,15 +222,14 @@ class ReplayStepper(Stepper):
             summed += self._replayed(text, own, 1 / total / times if total else 0.0) / times
         return summed, memory
 
-    def _read(self, batch: Batch, memory: Memory) -> Recording:
+    def _read(self, batch: Batch) -> Recording:
         """The rows' own blocks."""
         ids = batch.inputs[:, : self.base.fam_config.block_size].to(self.accelerator.device)
         parts = []
         with evaluating(self.base), self.accelerator.autocast():
             for rows in self._in_turn(len(ids)):
-                parts += record(
-                    self.base, ids[rows], memory_at(self.base, rows.stop - rows.start, 0)
-                )
+                memory = Memory.for_model(self.base, rows.stop - rows.start)
+                parts += record(self.base, ids[rows], memory)
         return Recording.cat(parts)
 
     def _in_turn(self, rows: int) -> list[slice]:
@@ -226,41 +242,38 @@ class ReplayStepper(Stepper):
         settings, B = self.recipe.replay, self.base.fam_config.block_size
         rng = random.Random(f"{self.recipe.run.seed}/replay/{self._step}/{time}")
         before, behind = rng.choice(settings.before), rng.choice(settings.behind)
-        asked = batch.questions(range(len(batch.fresh)), batch.asked_from)
+        asked = self._of_few_widths(batch.questions(range(len(batch.fresh)), batch.asked_from))
+        begun = rng.randrange(B)
         if self._recorded:
-            asked = asked.filled_up(-(-asked.inputs.shape[1] // _WIDTH) * _WIDTH)
-            # A recording for each place where questions begin, and none of them goes on in the next block.
+            # A recording for each place, and none of them goes on in the next block.
             begun = _begins(rng.randrange(_PLACES), B - asked.inputs.shape[1])
-        else:
-            begun = rng.randrange(B)
-        return Text(
-            batch, asked, time, before, before + 1 + behind, begun, rng.randrange(len(self.library))
-        )
+        place = rng.randrange(len(self.library))
+        return Text(batch, asked, time, before, before + 1 + behind, begun, place)
 
     def _replayed(self, text: Text, own: Recording, share: float) -> float:
         """The loss of a text, whose gradients times `share` are added to those of the parameters."""
-        fams = self._led(text, own)
-        gradients, summed = torch.zeros_like(fams), 0.0
-        for rows in self._in_turn(len(text.rows.fresh)):
-            summed += self._ask(text, own, rows, fams, gradients, share)
+        fams = self._lead(text, own)
+        led, rows = Led(text, own, fams, torch.zeros_like(fams)), len(text.rows.fresh)
+        summed = 0.0
+        for part in self._in_turn(rows):
+            summed += self._ask(led, part, share)
             if self.feedback.asked_blocks:
-                self._ask_fam_alone(text, rows, fams, gradients, share / self.feedback.asked_blocks)
+                self._ask_fam_alone(led, part, share / self.feedback.asked_blocks)
         for j in reversed(range(text.blocks)):
             self._same_chance(text, j)
-            given = self._block(text, own, j), len(text.rows.fresh), j, gradients[j]
-            found = self._pieces.back(fams[j - 1] if j else None, *given)
+            before, block = fams[j - 1] if j else None, self._block(text, own, j)
+            found = self._pieces.back(before, block, rows, j, led.gradients[j])
             if j and found is not None:
-                gradients[j - 1] += found
+                led.gradients[j - 1] += found
         return summed
 
-    def _led(self, text: Text, own: Recording) -> Tensor:
+    def _lead(self, text: Text, own: Recording) -> Tensor:
         """F after each block, (n, L, R, N, d)."""
         fams: list[Tensor] = []
         for j in range(text.blocks):
             self._same_chance(text, j)
-            before = fams[-1] if fams else None
-            found = self._pieces.lead(before, self._block(text, own, j), len(text.rows.fresh), j)
-            fams.append(found.clone())
+            before, block = fams[-1] if fams else None, self._block(text, own, j)
+            fams.append(self._pieces.lead(before, block, len(text.rows.fresh), j).clone())
         return torch.stack(fams)
 
     def _same_chance(self, text: Text, block: int) -> None:
@@ -276,54 +289,48 @@ class ReplayStepper(Stepper):
         read = [self.library.block(layer, place) for layer in range(len(own.tokens))]
         return read if j < text.blocks else [kv.cut(0, text.begun) for kv in read]
 
-    def _ask(
-        self, text: Text, own: Recording, rows: slice, fams: Tensor, gradients: Tensor, share: float
-    ) -> float:
-        """Ask some rows; adds to the gradients of F."""
-        config = self.base.fam_config
-        k = min(config.previous_fams, text.blocks)
-        count = min(text.blocks, max(config.memory_segments, config.previous_fams))
-        each = own.rows(rows)
-        blocks = [self._block(text, each, j) for j in range(text.blocks - count, text.blocks + 1)]
-        asked = text.asked.rows(rows).to(self.accelerator.device)
-        newest = slice(text.blocks - k, None)
-        summed, found = self._pieces.ask(
-            fams[newest, :, rows],
-            blocks,
-            each.anchors,
-            text.blocks,
-            asked,
-            self._columns(asked),
-            share,
+    # ---- questions
+
+    def _ask(self, led: Led, rows: slice, share: float) -> float:
+        """The loss of some rows' questions behind the text."""
+        text, own = led.text, led.own.rows(rows)
+        segments, previous = (
+            getattr(self.base.fam_config, name) for name in ("memory_segments", "previous_fams")
         )
-        gradients[newest, :, rows] += found
+        seen = range(max(0, text.blocks - max(segments, previous)), text.blocks + 1)
+        blocks = [self._block(text, own, j) for j in seen]
+        newest = slice(max(0, text.blocks - previous), None)
+        asked = text.asked.rows(rows).to(self.accelerator.device)
+        known = led.fams[newest, :, rows], blocks, own.anchors, text.blocks
+        summed, found = self._pieces.ask(*known, asked, self._columns(asked), share)
+        led.gradients[newest, :, rows] += found
         return summed
 
-    def _ask_fam_alone(
-        self, text: Text, rows: slice, fams: Tensor, gradients: Tensor, share: float
-    ) -> None:
-        """Ask some rows behind blocks that are drawn for each, all of which have told; as `_ask`."""
-        blocks = range(text.own, text.blocks)
+    def _ask_fam_alone(self, led: Led, rows: slice, share: float) -> None:
+        """Ask some rows behind blocks that are drawn for each, all of which have told."""
+        text = led.text
         drawn = [
             (row, block)
             for row in range(rows.start, rows.stop)
-            for block in self._draw(blocks, text.rows.inputs[row], text.time)
+            for block in self._draw(range(text.own, text.blocks), text.rows.inputs[row], text.time)
         ]
-        asked = text.rows.questions([row for row, _ in drawn])
-        if self._recorded:
-            asked = asked.filled_up(-(-asked.inputs.shape[1] // _WIDTH) * _WIDTH)
+        asked = self._of_few_widths(text.rows.questions([row for row, _ in drawn]))
         asked = asked.to(self.accelerator.device)
-        places = tuple(torch.tensor(x, device=fams.device) for x in zip(*drawn, strict=True))
-        by_row = fams.permute(2, 0, 1, 3, 4)  # (R, n, L, N, d)
-        known = by_row[places].transpose(0, 1)[None]
+        places = tuple(torch.tensor(x, device=led.fams.device) for x in zip(*drawn, strict=True))
+        # (R, n, L, N, d), of which places pick (asked, L, N, d)
+        fams, gradients = (x.permute(2, 0, 1, 3, 4) for x in (led.fams, led.gradients))
         segments = self.base.fam_config.memory_segments
         if asked.inputs.shape[1] <= self.base.fam_config.block_size:
-            self._set_segments(0)  # that there is nothing in them need not be looked at
+            self._set_segments(0)  # windows that hold nothing need not be looked at
+        known = fams[places].transpose(0, 1)[None]
         _, found = self._pieces.ask_fam_alone(known, asked, self._columns(asked), share)
         self._set_segments(segments)
-        gradients.permute(2, 0, 1, 3, 4).index_put_(
-            places, found[0].transpose(0, 1), accumulate=True
-        )
+        gradients.index_put_(places, found[0].transpose(0, 1), accumulate=True)
+
+    def _of_few_widths(self, asked: Batch) -> Batch:
+        """Questions, filled up to few widths if each is a recording."""
+        width = -(-asked.inputs.shape[1] // _WIDTH) * _WIDTH
+        return asked.filled_up(width) if self._recorded else asked
 
     def _columns(self, asked: Batch) -> Tensor | None:
         """Where the head is computed: everywhere, if that is to be alike in all texts."""

@@ -46,6 +46,7 @@ def check_replay(recipe: Recipe) -> None:
         "data.begin_length": recipe.data.begin_length,
         "feedback.bptt_blocks": feedback.bptt_blocks,
         "feedback.state_passing": feedback.state_passing,
+        "feedback.position_offset": feedback.position_offset,
         "feedback.diversity_weight": feedback.diversity_weight,
         "feedback.reconstruction_weight": feedback.reconstruction_weight,
         'fam.fam_query="static"': fam.fam_query == "static",
@@ -99,7 +100,6 @@ def _where_replayed(recipe: Recipe) -> dict[str, object]:
     """A block is played alike wherever it stands in a text."""
     return {
         "run.activation_checkpointing=true": recipe.run.activation_checkpointing,
-        "feedback.position_offset": recipe.feedback.position_offset,
         "feedback.bias_steps": recipe.feedback.bias_steps and recipe.fam.has_feedback,
         "train.dropout": recipe.train.dropout,
         'fam.fam_position="zero"': recipe.fam.fam_position == "zero",
