@@ -162,6 +162,23 @@ def test_two_processes_ask_what_one_does(table: dict[str, Any], tmp_path: Path) 
 
 
 @pytest.mark.slow
+def test_two_processes_replay_what_one_does(table: dict[str, Any], tmp_path: Path) -> None:
+    """Their gradients come in pieces, past the wrapper that would add them up."""
+    table["fam"] |= {"block_size": 200, "adapted": "fam", "fam_seen": "asked"}
+    source = {"kind": "passkey", "lengths": [300], "where": "anywhere", "digits": 2}
+    table["data"] |= {"layout": "single", "length": 400, "sources": [source]}
+    replay = {"blocks": 4, "before": [0, 1], "behind": [1, 3], "times": 2, "rows_at_once": 1}
+    feedback = {"asked_blocks": 1, "bias_steps": 0}
+    one = Recipe.from_dict({**table, "feedback": feedback, "replay": replay})
+    one, two = (
+        one.replace(run=replace(one.run, output=str(tmp_path / name))) for name in ("one", "two")
+    )
+    train(one, quiet=True)
+    in_two(two)
+    assert_same_run(tmp_path / "two", tmp_path / "one")
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("sharded", [False, True], ids=["DDP", "FSDP2"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_two_processes_that_go_on_train_what_one_does_at_once(
