@@ -25,6 +25,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from transformerfam import report
+from transformerfam.embedded import SHIPPED, shipped_adapter
 from transformerfam.training.places import CHECKPOINTS
 from transformerfam.training.recipe import Recipe, find
 from transformerfam.training.trainer import train
@@ -63,6 +64,7 @@ STAGES: tuple[tuple[str, float, int, tuple[int, ...], tuple[str, ...]], ...] = (
             "replay.behind=1,3,5,8,12,16,24,36",
             "replay.times=1",
             "replay.rows_at_once=32",
+            "feedback.asked_blocks=4",
             "optimizer.learning_rate=4e-4",
             "optimizer.warmup_steps=8",
         ),
@@ -122,6 +124,8 @@ def main() -> None:
     parser.add_argument("--check", action="store_true", help="one step of each stage, on a CPU")
     args = parser.parse_args()
     args.out = args.out / "check" if args.check else args.out
+    if args.adapter == SHIPPED:  # also where the default model is given as a file
+        args.adapter = shipped_adapter()
     for stage in range(NAMES.index(args.first), len(NAMES)):
         name = NAMES[stage]
         if not (args.out / name / WEIGHTS).exists():

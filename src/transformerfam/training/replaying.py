@@ -227,14 +227,15 @@ class ReplayStepper(Stepper):
         ids = batch.inputs[:, : self.base.fam_config.block_size].to(self.accelerator.device)
         parts = []
         with evaluating(self.base), self.accelerator.autocast():
-            for rows in self._in_turn(len(ids)):
+            for rows in self._in_turn(len(ids), self.base.fam_config.memory_segments):
                 memory = Memory.for_model(self.base, rows.stop - rows.start)
                 parts += record(self.base, ids[rows], memory)
         return Recording.cat(parts)
 
-    def _in_turn(self, rows: int) -> list[slice]:
-        """Rows that read, or are asked, at a time."""
-        each = self.recipe.replay.rows_at_once or rows
+    def _in_turn(self, rows: int, segments: int) -> list[slice]:
+        """Rows that read, or are asked, at a time: more of them where windows are shorter."""
+        widest = self.recipe.fam.memory_segments
+        each = self.recipe.replay.rows_at_once * (widest + 1) // (segments + 1) or max(1, rows)
         return [slice(start, min(start + each, rows)) for start in range(0, rows, each)]
 
     def _text(self, batch: Batch, time: int) -> Text:
@@ -255,10 +256,9 @@ class ReplayStepper(Stepper):
         fams = self._lead(text, own)
         led, rows = Led(text, own, fams, torch.zeros_like(fams)), len(text.rows.fresh)
         summed = 0.0
-        for part in self._in_turn(rows):
+        for part in self._in_turn(rows, self.base.fam_config.memory_segments):
             summed += self._ask(led, part, share)
-            if self.feedback.asked_blocks:
-                self._ask_fam_alone(led, part, share / self.feedback.asked_blocks)
+        self._ask_fam_alone(led, share)
         for j in reversed(range(text.blocks)):
             self._same_chance(text, j)
             before, block = fams[j - 1] if j else None, self._block(text, own, j)
@@ -306,14 +306,20 @@ class ReplayStepper(Stepper):
         led.gradients[newest, :, rows] += found
         return summed
 
-    def _ask_fam_alone(self, led: Led, rows: slice, share: float) -> None:
-        """Ask some rows behind blocks that are drawn for each, all of which have told."""
-        text = led.text
+    def _ask_fam_alone(self, led: Led, share: float) -> None:
+        """Ask each row behind blocks that are drawn for it, all of which have told."""
+        text, count = led.text, self.feedback.asked_blocks
         drawn = [
             (row, block)
-            for row in range(rows.start, rows.stop)
-            for block in self._draw(range(text.own, text.blocks), text.rows.inputs[row], text.time)
+            for row, ids in enumerate(text.rows.inputs if count else ())
+            for block in self._draw(range(text.own, text.blocks), ids, text.time)
         ]
+        for part in self._in_turn(len(drawn), 0):
+            self._ask_behind(led, drawn[part], share / count)
+
+    def _ask_behind(self, led: Led, drawn: Sequence[tuple[int, int]], share: float) -> None:
+        """Ask rows behind blocks, each of which is named, of F alone."""
+        text = led.text
         asked = self._of_few_widths(text.rows.questions([row for row, _ in drawn]))
         asked = asked.to(self.accelerator.device)
         places = tuple(torch.tensor(x, device=led.fams.device) for x in zip(*drawn, strict=True))

@@ -241,7 +241,8 @@ class ReplaySettings:
     times: int = _setting(1, "how often a step replays each text, each time with other prose")
     rows_at_once: int = _setting(
         0,
-        "rows that read their own block, or are asked, at a time; FAM is led in all together; 0: all",
+        "rows that read their own block, or are asked, at a time under the widest windows, and more "
+        "under shorter ones; FAM is led in all together; 0: all",
     )
 
 
