@@ -6,7 +6,8 @@
 
 The same as `fam train` with each recipe, from the adapter of the one before, in larger steps. To record
 a step takes half a second a block: texts are of a length or two here, where the recipes have many. Texts
-that are replayed are recorded block by block, however long they are.
+that are replayed are recorded block by block, however long they are; they come to more blocks as their
+answers are said right.
 A stage that has its adapter in OUT is not done again, and one that was broken off goes on from its last
 checkpoint. Minutes are those of training: loading takes half a minute more a stage. What is in
 OUT/adapter in the end is small enough to be carried about (bfloat16). `--check` takes one short step of
@@ -65,6 +66,8 @@ STAGES: tuple[tuple[str, float, int, tuple[int, ...], tuple[str, ...]], ...] = (
             "replay.times=1",
             "replay.rows_at_once=32",
             "feedback.asked_blocks=4",
+            "data.begin_length=12288",
+            "data.grow_at=0.6",
             "optimizer.learning_rate=4e-4",
             "optimizer.warmup_steps=8",
         ),

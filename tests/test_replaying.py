@@ -27,7 +27,9 @@ from transformerfam.errors import UserError
 from transformerfam.replay import Recording, replay
 from transformerfam.training import graphs, replaying
 from transformerfam.training.batches import Batch
+from transformerfam.training.curriculum import Curriculum
 from transformerfam.training.inputs import open_source
+from transformerfam.training.leading import Asked
 from transformerfam.training.recipe import Recipe
 from transformerfam.training.replaying import Library, ReplayStepper, Text
 from transformerfam.training.steps import FamAfterBlocks, Stepper
@@ -248,6 +250,38 @@ def test_texts_are_drawn_anew_each_time_and_alike_when_repeated() -> None:
     assert {blocks - own - 1 for own, blocks, *_ in drawn} == {1, 3}
 
 
+def test_texts_come_to_more_blocks_as_their_answers_are_right() -> None:
+    table = recipe(replay={"before": [0, 2], "behind": [1, 3, 9], "times": 40}).to_dict()
+    table["data"] |= {"begin_length": 1, "grow_at": 0.5}
+    made = Recipe.from_dict(table)
+    one, growth = stepper(ReplayStepper, made, Prose()), Curriculum(made, Prose())
+    longest = []
+    while not longest or growth.longest != longest[-1]:
+        longest.append(growth.longest)
+        one.longest = growth.longest
+        lengths = {(one._text(rows(), time).blocks + 1) * B for time in range(40)}
+        assert max(lengths) <= growth.longest < 1.6 * max(lengths)
+        for _ in range(8):
+            growth.tell(8, 8)
+    assert longest[0] == 3 * B and longest[-1] == 13 * B == max(lengths)
+
+
+def test_a_replayed_text_is_right_if_all_of_its_answers_are() -> None:
+    table = recipe(replay={"times": 3, "rows_at_once": 1}).to_dict()
+    table["data"]["begin_length"] = 1
+    one, said = stepper(ReplayStepper, Recipe.from_dict(table), Prose()), list[Tensor]()
+    asks = one._pieces.ask
+
+    def heard(*given: Any) -> Asked:
+        asked = asks(*given)
+        said.append(torch.tensor([[True], [len(said) % 2 == 1]]))
+        return replace(asked, said=said[-1])
+
+    one._pieces.ask = heard
+    one.run(0, [rows()])
+    assert len(said) == 6 and one.right == (3, 6)
+
+
 def test_the_library_is_prose_as_the_windows_of_the_geometry_read_it() -> None:
     made = recipe(fam={"memory_segments": 1, "sink_tokens": 1}, drawn_segments=[0])
     one = stepper(ReplayStepper, made, Prose())
@@ -290,7 +324,6 @@ def test_a_run_that_goes_on_is_one_that_was_not_stopped(tmp_path: Path) -> None:
     [
         ({"fam": {"adapted": "all"}}, "adapted"),
         ({"fam": {"attention": "full"}}, "windows that end"),
-        ({"data": {"begin_length": 8}}, "begin_length"),
         ({"feedback": {"state_passing": 0.5}}, "state_passing"),
         ({"feedback": {"position_offset": 0.5}}, "position_offset"),
         ({"replay": {"behind": []}}, "behind"),

@@ -27,7 +27,8 @@ class Curriculum:
     """How long texts that are made as needed may be now.
 
     Args:
-        recipe: `data.begin_length`, `data.grow_at`, and the longest length of each source.
+        recipe: `data.begin_length`, `data.grow_at`, and the longest length of each source, or of what is
+            put together of its texts and other blocks.
         source: what is read; texts that are made as needed in it obey.
 
     Attributes:
@@ -39,11 +40,13 @@ class Curriculum:
         self._grows = recipe.data.begin_length > 0
         sources: Sequence[Source] = source.sources if isinstance(source, Mixture) else [source]
         self._made = [s for s in sources if isinstance(s, PasskeySource)]
+        shortest = min((min(s.texts.lengths) for s in self._made), default=0)
         self._limit = max((max(s.texts.lengths) for s in self._made), default=recipe.data.length)
+        if recipe.replay.blocks and recipe.fam.has_feedback:
+            shortest, self._limit = replayed_lengths(recipe)
         self._right: deque[tuple[int, int]] = deque()
         self.longest = recipe.data.length
         if self._grows:
-            shortest = min((min(s.texts.lengths) for s in self._made), default=0)
             self._set(max(recipe.data.begin_length, shortest))
 
     def state(self) -> dict[str, Any]:
@@ -79,6 +82,15 @@ class Curriculum:
         self._right.clear()
         for source in self._made:
             source.longest = self.longest
+
+
+def replayed_lengths(recipe: Recipe) -> tuple[int, int]:
+    """Tokens of the shortest and of the longest text that is put together of blocks (`replay`)."""
+    replay = recipe.replay
+    # Its own block, and that in which it is asked.
+    blocks = (each(replay.before) + each(replay.behind) + 2 for each in (min, max))
+    shortest, longest = (n * recipe.fam.block_size for n in blocks)
+    return shortest, longest
 
 
 def answers_said(logits: Tensor, targets: Tensor, weights: Tensor) -> Tensor:

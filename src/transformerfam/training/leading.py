@@ -9,6 +9,7 @@ a block there or back or a question, is of the same shape wherever it stands, so
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from transformerfam.memory import Memory
 from transformerfam.replay import memory_at, replay
 from transformerfam.training.batches import Batch
 from transformerfam.training.cross_entropy import weighted_cross_entropy
+from transformerfam.training.curriculum import answers_said
 from transformerfam.training.steps import FamAfterBlocks
 
 Block = Sequence[
@@ -34,6 +36,21 @@ def at_once(
 ) -> list[Tensor]:
     """The `Plays` that records nothing."""
     return run(given)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What came of questions.
+
+    Attributes:
+        loss: sum over their tokens of weight times cross-entropy, in nats.
+        gradient: of F, as it was given.
+        said: `answers_said` of each row, on the CPU.
+    """
+
+    loss: float
+    gradient: Tensor
+    said: Tensor
 
 
 class Leading:
@@ -103,8 +120,8 @@ class Leading:
         asked: Batch,
         columns: Tensor | None,
         share: float,
-    ) -> tuple[float, Tensor]:
-        """Loss of questions behind blocks, and the gradients of F times `share`.
+    ) -> Asked:
+        """Questions behind blocks.
 
         Args:
             fams: F after the newest `previous_fams` of the whole blocks, (k, L, R, N, d).
@@ -114,7 +131,7 @@ class Leading:
             behind: whole blocks of the text.
             asked: the questions, on the device.
             columns: of them, those in which a token counts; None: any.
-            share: see above.
+            share: of the loss, of which gradients are wanted.
         """
         rows, count, begun = len(asked.inputs), len(blocks) - 1, blocks[-1][0].keys.shape[2]
 
@@ -139,7 +156,7 @@ class Leading:
 
     def ask_fam_alone(
         self, fams: Tensor, asked: Batch, columns: Tensor | None, share: float
-    ) -> tuple[float, Tensor]:
+    ) -> Asked:
         """As `ask`, with F and nothing else to answer from.
 
         Args:
@@ -172,7 +189,7 @@ class Leading:
         asked: Batch,
         wanted: Tensor | None,
         share: float,
-    ) -> tuple[float, Tensor]:
+    ) -> Asked:
         def run(given: list[Tensor]) -> list[Tensor]:
             fams, inputs, targets, weights, share, *rest = given
             columns = None
@@ -194,14 +211,15 @@ class Leading:
                     logits.flatten(0, 1), targets.flatten(), weights.flatten()
                 )
             (summed * share).backward()
-            return [summed.detach(), _gradient(leaf)]
+            said = answers_said(logits.detach(), targets, weights)
+            return [summed.detach(), _gradient(leaf), said]
 
         given = [fams, asked.inputs, asked.targets, asked.weights]
         given += [torch.tensor(share, device=fams.device)]
         given += [*([] if wanted is None else [wanted]), *tensors]
         key = *key, len(fams), tuple(asked.inputs.shape)
-        summed, gradient = self._plays(key, run, given)
-        return float(summed), gradient
+        summed, gradient, said = self._plays(key, run, given)
+        return Asked(float(summed), gradient, said.cpu())
 
 
 def _gradient(leaf: Tensor) -> Tensor:

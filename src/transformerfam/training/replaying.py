@@ -240,9 +240,9 @@ class ReplayStepper(Stepper):
 
     def _text(self, batch: Batch, time: int) -> Text:
         """What is put around the own blocks, alike for all rows of the step on all processes."""
-        settings, B = self.recipe.replay, self.base.fam_config.block_size
+        B = self.base.fam_config.block_size
         rng = random.Random(f"{self.recipe.run.seed}/replay/{self._step}/{time}")
-        before, behind = rng.choice(settings.before), rng.choice(settings.behind)
+        before, behind = rng.choice(self._places())
         asked = self._of_few_widths(batch.questions(range(len(batch.fresh)), batch.asked_from))
         begun = rng.randrange(B)
         if self._recorded:
@@ -251,13 +251,24 @@ class ReplayStepper(Stepper):
         place = rng.randrange(len(self.library))
         return Text(batch, asked, time, before, before + 1 + behind, begun, place)
 
+    def _places(self) -> list[tuple[int, int]]:
+        """Numbers of blocks before and behind, of texts that are not too long by now."""
+        settings, B = self.recipe.replay, self.base.fam_config.block_size
+        every = [(before, behind) for before in settings.before for behind in settings.behind]
+        if not self.recipe.data.begin_length:
+            return every
+        # Their own block, and that in which they are asked.
+        return [pair for pair in every if (sum(pair) + 2) * B <= self.longest]
+
     def _replayed(self, text: Text, own: Recording, share: float) -> float:
         """The loss of a text, whose gradients times `share` are added to those of the parameters."""
         fams = self._lead(text, own)
         led, rows = Led(text, own, fams, torch.zeros_like(fams)), len(text.rows.fresh)
         summed = 0.0
+        self._said = torch.zeros(2, rows, dtype=torch.bool)
         for part in self._in_turn(rows, self.base.fam_config.memory_segments):
             summed += self._ask(led, part, share)
+        self._count()
         self._ask_fam_alone(led, share)
         for j in reversed(range(text.blocks)):
             self._same_chance(text, j)
@@ -302,9 +313,10 @@ class ReplayStepper(Stepper):
         newest = slice(max(0, text.blocks - previous), None)
         asked = text.asked.rows(rows).to(self.accelerator.device)
         known = led.fams[newest, :, rows], blocks, own.anchors, text.blocks
-        summed, found = self._pieces.ask(*known, asked, self._columns(asked), share)
-        led.gradients[newest, :, rows] += found
-        return summed
+        found = self._pieces.ask(*known, asked, self._columns(asked), share)
+        led.gradients[newest, :, rows] += found.gradient
+        self._said[:, rows] = found.said
+        return found.loss
 
     def _ask_fam_alone(self, led: Led, share: float) -> None:
         """Ask each row behind blocks that are drawn for it, all of which have told."""
@@ -329,9 +341,9 @@ class ReplayStepper(Stepper):
         if asked.inputs.shape[1] <= self.base.fam_config.block_size:
             self._set_segments(0)  # windows that hold nothing need not be looked at
         known = fams[places].transpose(0, 1)[None]
-        _, found = self._pieces.ask_fam_alone(known, asked, self._columns(asked), share)
+        found = self._pieces.ask_fam_alone(known, asked, self._columns(asked), share)
         self._set_segments(segments)
-        gradients.index_put_(places, found[0].transpose(0, 1), accumulate=True)
+        gradients.index_put_(places, found.gradient[0].transpose(0, 1), accumulate=True)
 
     def _of_few_widths(self, asked: Batch) -> Batch:
         """Questions, filled up to few widths if each is a recording."""

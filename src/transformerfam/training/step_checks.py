@@ -43,7 +43,6 @@ def check_replay(recipe: Recipe) -> None:
     )
     wrong = {
         "filler_share without asked_prose": _prose_counts(recipe),
-        "data.begin_length": recipe.data.begin_length,
         "feedback.bptt_blocks": feedback.bptt_blocks,
         "feedback.state_passing": feedback.state_passing,
         "feedback.position_offset": feedback.position_offset,
