@@ -65,6 +65,7 @@ STAGES: tuple[tuple[str, float, int, tuple[int, ...], tuple[str, ...]], ...] = (
             "replay.behind=1,3,5,8,12,16,24,36",
             "replay.times=1",
             "replay.rows_at_once=32",
+            "replay.max_growth=10",
             "feedback.asked_blocks=4",
             "data.begin_length=12288",
             "data.grow_at=0.6",

@@ -230,6 +230,46 @@ def test_played_pieces_take_nothing_from_the_cpu(monkeypatch: pytest.MonkeyPatch
     assert looked == {"lead", "back", "ask", "alone"}
 
 
+def growing(max_growth: float) -> tuple[dict[str, Tensor], list[Tensor]]:
+    """Gradients of a text over many blocks, and those of F with which each block is left."""
+    drawn = {"before": [0], "behind": [9], "max_growth": max_growth}
+    one = stepper(ReplayStepper, recipe(replay=drawn), Prose())
+    back, left = one._pieces.back, list[Tensor]()
+
+    def heard(*given: Any) -> Tensor | None:
+        left.append(given[-1].clone())
+        found: Tensor | None = back(*given)
+        # The first row grows, in this test by hand.
+        return None if found is None else found * torch.tensor([1e4, 1.0])[:, None, None]
+
+    one._pieces.back = heard
+    one.run(0, [rows()])
+    return gradients(one.base), left
+
+
+def test_a_row_whose_gradient_grows_is_cut_alone() -> None:
+    (_, grown), (found, cut) = growing(0.0), growing(1e3)
+    ours, free = (
+        torch.stack([x.pow(2).sum((0, 2, 3)).sqrt() for x in all_]) for all_ in (cut, grown)
+    )
+    assert free[-1, 0] > 1e6 * free[0, 0], "without a limit"
+    torch.testing.assert_close(ours[0], free[0])
+    assert (ours <= 1001 * ours[0]).all() and ours[-1, 0] > 999 * ours[0, 0]
+    assert torch.equal(ours[:, 1], free[:, 1]), "the other goes on as it was"
+    assert any(gradient.any() for gradient in found.values())
+
+
+def test_a_limit_that_nothing_reaches_changes_nothing() -> None:
+    runs = []
+    for max_growth in (0.0, 1e6):
+        one = stepper(
+            ReplayStepper, recipe(replay={"max_growth": max_growth}, asked_blocks=2), Prose()
+        )
+        one.run(0, [rows()])
+        runs.append(gradients(one.base))
+    assert_same(*runs)
+
+
 def test_tokens_count_as_often_as_they_are_replayed() -> None:
     one = stepper(ReplayStepper, recipe(replay={"times": 2}), Prose())
     one.run(0, [rows()])
@@ -330,6 +370,7 @@ def test_a_run_that_goes_on_is_one_that_was_not_stopped(tmp_path: Path) -> None:
         ({"replay": {"before": [-1]}}, "before"),
         ({"replay": {"times": 0}}, "times"),
         ({"replay": {"rows_at_once": -1}}, "rows_at_once"),
+        ({"replay": {"max_growth": -1.0}}, "max_growth"),
         ({"fam": {"fam_query": "static"}}, "static"),
         ({"run": {"cuda_graphs": True, "activation_checkpointing": True}}, "checkpointing"),
         ({"run": {"cuda_graphs": True}, "fam": {"fam_position": "zero"}}, "fam_position"),

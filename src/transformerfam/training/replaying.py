@@ -167,6 +167,22 @@ def _recorded(accelerator: Any, recipe: Recipe) -> bool:
     return recipe.run.cuda_graphs and one_gpu
 
 
+def _norms(gradients: Tensor) -> Tensor:
+    """(.., R): the norm of each row of (.., L, R, N, d)."""
+    wide = torch.promote_types(gradients.dtype, torch.float32)
+    return torch.linalg.vector_norm(gradients, dim=(-4, -2, -1), dtype=wide)
+
+
+def _cut(gradient: Tensor, most: Tensor) -> None:
+    """Rows of (L, R, N, d) whose norm is more than that of `most`, (R,), to that norm.
+
+    Over many blocks the gradients of a few rows grow a thousandfold; under `max_grad_norm`, which cuts
+    the sum of all, nothing would be left of the others.
+    """
+    share = (most / _norms(gradient).clamp(min=1e-30)).clamp(max=1.0)
+    gradient *= share[:, None, None].to(gradient.dtype)
+
+
 class ReplayStepper(Stepper):
     """Forward and backward of steps over recorded blocks.
 
@@ -270,12 +286,15 @@ class ReplayStepper(Stepper):
             summed += self._ask(led, part, share)
         self._count()
         self._ask_fam_alone(led, share)
+        most = self.recipe.replay.max_growth * _norms(led.gradients).amax(0)
         for j in reversed(range(text.blocks)):
             self._same_chance(text, j)
             before, block = fams[j - 1] if j else None, self._block(text, own, j)
             found = self._pieces.back(before, block, rows, j, led.gradients[j])
             if j and found is not None:
                 led.gradients[j - 1] += found
+                if self.recipe.replay.max_growth:
+                    _cut(led.gradients[j - 1], most)
         return summed
 
     def _lead(self, text: Text, own: Recording) -> Tensor:

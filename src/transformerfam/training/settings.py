@@ -244,6 +244,11 @@ class ReplaySettings:
         "rows that read their own block, or are asked, at a time under the widest windows, and more "
         "under shorter ones; FAM is led in all together; 0: all",
     )
+    max_growth: float = _setting(
+        0.0,
+        "on its way back over blocks a row's gradient of FAM is cut to so many times the largest that a "
+        "question gives; 0: it is not",
+    )
 
 
 @dataclass(frozen=True)

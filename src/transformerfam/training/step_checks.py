@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 def check_replay(recipe: Recipe) -> None:
     """What is kept of tokens must not change, and there must be something to put around."""
     replay, fam, feedback = recipe.replay, recipe.fam, recipe.feedback
-    at_least(0, "replay", replay, ["blocks", "rows_at_once"])
+    at_least(0, "replay", replay, ["blocks", "rows_at_once", "max_growth"])
     at_least(1, "replay", replay, ["times"])
     for name in ("before", "behind"):
         drawn = getattr(replay, name)
