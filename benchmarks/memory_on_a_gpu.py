@@ -2,7 +2,7 @@
 
     .venv/bin/python benchmarks/memory_on_a_gpu.py --filler books --out memory --minutes 9
     .venv/bin/python benchmarks/memory_on_a_gpu.py --filler books --out memory --minutes 9 \\
-        --adapter shipped --from smollm2-updates
+        --adapter shipped --from smollm2-replay --held other-books
 
 The same as `fam train` with each recipe, from the adapter of the one before, in larger steps. To record
 a step takes half a second a block: texts are of a length or two here, where the recipes have many. Texts
@@ -11,7 +11,8 @@ answers are said right.
 A stage that has its adapter in OUT is not done again, and one that was broken off goes on from its last
 checkpoint. Minutes are those of training: loading takes half a minute more a stage. What is in
 OUT/adapter in the end is small enough to be carried about (bfloat16). `--check` takes one short step of
-each stage on a CPU, in OUT/check: whether all of it runs.
+each stage on a CPU, in OUT/check: whether all of it runs. With `--held`, texts that are not trained on,
+the memory is asked for keys in them in the end, eight side by side; to load it anew would take longer.
 """
 
 from __future__ import annotations
@@ -21,12 +22,18 @@ import json
 import shutil
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
 
 from transformerfam import report
+from transformerfam.data.files import plain_texts
 from transformerfam.embedded import SHIPPED, shipped_adapter
+from transformerfam.evaluate import Results, evaluate, plan
+from transformerfam.readers import readers_of
+from transformerfam.tasks import TASKS, Wanted
 from transformerfam.training.places import CHECKPOINTS
 from transformerfam.training.recipe import Recipe, find
 from transformerfam.training.trainer import train
@@ -76,6 +83,8 @@ STAGES: tuple[tuple[str, float, int, tuple[int, ...], tuple[str, ...]], ...] = (
 )
 NAMES = [name for name, *_ in STAGES]
 ON_A_GPU = ("model.dtype=bfloat16", "run.precision=bf16", "run.checkpoint_every=50")
+ASKED, LENGTHS = ("passkey", "passkey-middle"), (5120, 8192, 16384, 32768, 65536)
+SIDE_BY_SIDE = 8
 CHECK = ("run.steps=1", "data.batch_size=2", "data.micro_batch_size=0")
 CHECK_REPLAY = ("replay.blocks=4", "replay.times=1", "replay.before=1", "replay.behind=3")
 
@@ -115,6 +124,38 @@ def carried(folder: Path, to: Path) -> None:
     (to / CONFIG).write_text(json.dumps(config, indent=2), encoding="utf-8")
 
 
+def ask(model: Any, folder: Path, held: Path, lengths: tuple[int, ...], samples: int) -> None:
+    """Ask for keys at the start and in the middle of texts, and print what is said right.
+
+    Args:
+        model: that was trained.
+        folder: where it was written, with its tokenizer.
+        held: texts to hide keys in.
+    """
+    wanted = Wanted(
+        tokenizer=AutoTokenizer.from_pretrained(folder),
+        lengths=lengths,
+        samples=samples,
+        seed=0,
+        filler=plain_texts(str(held)),
+    )
+    cases = [case for name in ASKED for case in TASKS[name].cases(wanted)]
+    readers = readers_of(model.get_base_model(), ["model"], full_limit=None)
+    results = Results(folder / "asked", readers, seed=0)
+    for case in cases:  # one after the other: what was answered is seen at once
+        asks = plan(readers, [case], together=SIDE_BY_SIDE)
+        with torch.autocast("cuda", torch.bfloat16, enabled=model.device.type == "cuda"):
+            lines = [line for _, line in evaluate(asks, results, SIDE_BY_SIDE)]
+        whole, digits = (
+            sum(line["metrics"][name] for line in lines) / len(lines)
+            for name in ("exact", "tokens")
+        )
+        print(
+            f"{case.label}: {whole:.2f} of {len(lines)} whole, {digits:.2f} of the digits",
+            flush=True,
+        )
+
+
 def main() -> None:
     """Train what is not there yet."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -125,11 +166,13 @@ def main() -> None:
     parser.add_argument("--from", dest="first", choices=NAMES, default=NAMES[0], help="stage")
     parser.add_argument("--minutes", type=float, default=9.0, help="of training")
     parser.add_argument("--no-record", dest="record", action="store_false", help="no CUDA graphs")
+    parser.add_argument("--held", type=Path, help="texts to ask for keys in")
     parser.add_argument("--check", action="store_true", help="one step of each stage, on a CPU")
     args = parser.parse_args()
     args.out = args.out / "check" if args.check else args.out
     if args.adapter == SHIPPED:  # also where the default model is given as a file
         args.adapter = shipped_adapter()
+    trained: Any = None
     for stage in range(NAMES.index(args.first), len(NAMES)):
         name = NAMES[stage]
         if not (args.out / name / WEIGHTS).exists():
@@ -142,7 +185,11 @@ def main() -> None:
             ends = f"loss {told[0]:.2f} to {sum(told[-20:]) / len(told[-20:]):.2f}"
             took = report.duration(time.monotonic() - began)
             print(f"{name}: {done.steps:,} steps, {ends}, {took}", flush=True)
+            trained = done.model
         carried(args.out / name, args.out / "adapter")
+    if args.held and trained is not None:
+        lengths, samples = ((1200,), 1) if args.check else (LENGTHS, SIDE_BY_SIDE)
+        ask(trained, args.out / NAMES[-1], args.held, lengths, samples)
 
 
 if __name__ == "__main__":

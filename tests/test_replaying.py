@@ -25,9 +25,9 @@ from transformerfam.call import ReadBefore
 from transformerfam.data.examples import Example
 from transformerfam.errors import UserError
 from transformerfam.replay import Recording, replay
-from transformerfam.training import graphs, replaying
+from transformerfam.training import graphs, leading, replaying
 from transformerfam.training.batches import Batch
-from transformerfam.training.curriculum import Curriculum
+from transformerfam.training.curriculum import Curriculum, answers_said
 from transformerfam.training.inputs import open_source
 from transformerfam.training.leading import Asked
 from transformerfam.training.recipe import Recipe
@@ -320,6 +320,28 @@ def test_a_replayed_text_is_right_if_all_of_its_answers_are() -> None:
     one._pieces.ask = heard
     one.run(0, [rows()])
     assert len(said) == 6 and one.right == (3, 6)
+
+
+def test_answers_are_right_if_they_are_what_the_model_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    table = recipe(replay={"before": [0], "behind": [1]}).to_dict()
+    table["data"]["begin_length"] = 1
+    one, batch, logits = (
+        stepper(ReplayStepper, Recipe.from_dict(table), Prose()),
+        rows(),
+        list[Tensor](),
+    )
+
+    def heard(said: Tensor, *given: Tensor) -> Tensor:
+        logits.append(said.clone())
+        return answers_said(said, *given)
+
+    monkeypatch.setattr(leading, "answers_said", heard)
+    one.run(0, [batch])
+    assert one.right == (0, 2)
+    targets = batch.targets.clone()
+    targets[:, -logits[0].shape[1] :] = logits[0].argmax(-1)
+    one.run(0, [replace(batch, targets=targets)])
+    assert one.right == (2, 2)
 
 
 def test_the_library_is_prose_as_the_windows_of_the_geometry_read_it() -> None:

@@ -24,9 +24,8 @@ from transformerfam.training.cross_entropy import weighted_cross_entropy
 from transformerfam.training.curriculum import answers_said
 from transformerfam.training.steps import FamAfterBlocks
 
-Block = Sequence[
-    KeyValue
-]  # of each layer, what the tokens of a block left: (R, Hk, B, D) or (1, ..)
+# Of each layer, what the tokens of a block left: (R, Hk, B, D), or (1, ..) if all rows read the same.
+Block = Sequence[KeyValue]
 # Does a piece of work on tensors; or plays it, if it is recorded.
 Plays = Callable[[Any, Callable[[list[Tensor]], list[Tensor]], list[Tensor]], list[Tensor]]
 
@@ -207,11 +206,12 @@ class Leading:
                     ).logits
                 if columns is not None:
                     targets, weights = targets[:, columns], weights[:, columns]
+                # Before the loss, whose gradient takes the place of the logits.
+                said = answers_said(logits.detach(), targets, weights)
                 summed = weighted_cross_entropy(
                     logits.flatten(0, 1), targets.flatten(), weights.flatten()
                 )
             (summed * share).backward()
-            said = answers_said(logits.detach(), targets, weights)
             return [summed.detach(), _gradient(leaf), said]
 
         given = [fams, asked.inputs, asked.targets, asked.weights]
