@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import pytest
+from hypothesis import settings
 
+settings.register_profile("without a clock", deadline=None)
+settings.load_profile("without a clock")
 pytest.register_assert_rewrite("command_line")
 
 from command_line import book, fam, folder, processes  # noqa: E402

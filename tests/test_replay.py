@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -16,6 +17,7 @@ from transformerfam import FamConfig, Memory, convert
 from transformerfam.call import ReadBefore
 from transformerfam.layer_memory import KeyValue
 from transformerfam.replay import Recording, record, replay
+from transformerfam.training.steps import FamAfterBlocks
 
 B = 6
 CONFIG = FamConfig(
@@ -141,6 +143,26 @@ def test_blocks_of_several_texts_are_one_text_where_blocks_do_not_see_each_other
         replay(model, given([two[1], one[0], two[0]], 3 * B), led)
     text = torch.cat([IDS[1:, B : 2 * B], IDS[:1, :B], IDS[1:, :B]], dim=1)
     assert_same(led, read(model, text, Memory.for_model(model)))
+
+
+@pytest.mark.parametrize("begins", [(), (True, True), (True, False)])
+def test_fam_alone_is_what_a_whole_memory_has(begins: tuple[bool, ...]) -> None:
+    """Of a new stream, of one that has read, and of one that begins with the FAM of another."""
+    model = convert(make_exact(tiny()), CONFIG).eval()
+    recordings, read_before = (
+        record(model, IDS, Memory.for_model(model, 2)),
+        read(model, IDS[:, : 2 * B], Memory.for_model(model, 2)),
+    )
+    memory = read_before.restart(begins) if begins else Memory.for_model(model, 2)
+    whole, written = memory.fork(), FamAfterBlocks()
+    alone = replace(given(recordings[2:], 2 * B), keep=False)
+    with torch.no_grad():
+        replay(model, given(recordings[2:], 2 * B), whole)
+        replay(model, alone, memory, fam_observer=written)
+    assert memory.position == (read_before.restart(begins).position if begins else (0, 0))
+    for fam, wanted in zip(written.after(1), whole.fams, strict=True):
+        assert wanted is not None
+        torch.testing.assert_close(fam, wanted, rtol=0, atol=1e-9)
 
 
 def test_streams_at_different_places_are_led_over_the_same_blocks() -> None:

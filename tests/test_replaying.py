@@ -13,6 +13,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from families import some_tokens
+from peft.tuners.lora import LoraLayer
 from test_adapted import with_adapter
 from test_graphs import Lifted, on_the_cpu
 from test_steps import B, assert_same, gradients
@@ -71,8 +72,11 @@ def recipe(
     )
 
 
-def stepper(kind: Any, made: Recipe, *more: Any) -> Any:
+def stepper(kind: Any, made: Recipe, *more: Any, dropout: float = 0.0) -> Any:
     model = with_adapter(made.fam).train()
+    for module in model.modules():
+        if isinstance(module, LoraLayer):
+            module.lora_dropout["default"] = torch.nn.Dropout(dropout)
     accelerator = Accelerator()
     return kind(accelerator, accelerator.prepare(model), model.base_model.model, made, *more)
 
@@ -142,6 +146,8 @@ GEOMETRIES: dict[str, dict[str, Any]] = {
     "windows": {"memory_segments": 2, "sink_tokens": 1},
     "several": {"memory_segments": 1, "previous_fams": 3},
     "prefix": {"memory_segments": 1, "fam_start": "prefix"},
+    "swa": {"attention": "swa", "memory_segments": 1, "window": 2 * B + 1},
+    "xl": {"attention": "xl", "memory_segments": 1},
     "rms": {"feedback_norm": "rms", "feedback_rms": 2.0},
 }
 
@@ -187,15 +193,17 @@ def whole_text(one: ReplayStepper, text: Text, own: Recording) -> tuple[Tensor, 
 
 @pytest.mark.parametrize("name", GEOMETRIES)
 def test_recorded_pieces_are_those_that_are_not(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    drawn = {"before": [0, 1, 2], "behind": [1, 2, 4], "times": 9, "rows_at_once": 1}
-    made = recipe(fam=GEOMETRIES[name], replay=drawn, asked_blocks=2)
+    monkeypatch.setattr(replaying, "_WIDTH", 2)  # questions begin at several places of such blocks
+    drawn = {"before": [0, 1, 2], "behind": [1, 2, 4], "times": 9}
+    segments = [0, 1, 2] if "attention" not in GEOMETRIES[name] else []
+    made = recipe(fam=GEOMETRIES[name], replay=drawn, asked_blocks=2, drawn_segments=segments)
     plain, ours = (recorded(made, monkeypatch, is_it) for is_it in (False, True))
-    for step in range(2):
+    for step in range(4):
         losses = []
         for one in (plain, ours):
-            one._text = partial(ReplayStepper._text, ours)
+            monkeypatch.setattr(one, "_text", partial(ReplayStepper._text, ours))
             ours._step = step
-            losses.append(one.run(step, [rows()]))
+            losses.append(one.run(step, [rows(3)]))
         assert losses[0] == pytest.approx(losses[1], rel=1e-5)
         assert_same(gradients(ours.base), gradients(plain.base))
 
@@ -204,13 +212,16 @@ def recorded(made: Recipe, monkeypatch: pytest.MonkeyPatch, is_it: bool) -> Repl
     """A stepper with recordings as they would be on a GPU, or without."""
     monkeypatch.setattr(graphs, "recorded", on_the_cpu)
     monkeypatch.setattr(graphs, "graph_pool", lambda: None)
-    monkeypatch.setattr(replaying, "_recorded", lambda *_: is_it)
+    monkeypatch.setattr(replaying, "_plays_graphs", lambda *_: is_it)
     one: ReplayStepper = stepper(ReplayStepper, made, Prose())
     return one
 
 
-def test_played_pieces_take_nothing_from_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    made = recipe(fam=GEOMETRIES["windows"], replay={"behind": [4]}, asked_blocks=2)
+@pytest.mark.parametrize("name", GEOMETRIES)
+def test_played_pieces_take_nothing_from_the_cpu(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = recipe(fam=GEOMETRIES[name], replay={"behind": [4]}, asked_blocks=2)
     one, looked = recorded(made, monkeypatch, is_it=True), set[str]()
     plays = one._pieces._plays
 
@@ -270,6 +281,35 @@ def test_a_limit_that_nothing_reaches_changes_nothing() -> None:
     assert_same(*runs)
 
 
+def test_dropout_there_is_dropout_back() -> None:
+    """The gradient of a step with dropout is that of its loss, whose masks the seed gives."""
+    made = recipe(replay={"before": [0], "behind": [4], "times": 2})
+    one: ReplayStepper = stepper(ReplayStepper, made, Prose(), dropout=0.3)
+    batches = [rows(), rows()]
+    one.run(0, batches)
+    moved = {name: p for name, p in one.base.named_parameters() if p.grad is not None}
+    along = {name: torch.randn_like(p) for name, p in moved.items()}
+    expected = sum(
+        float((p.grad * along[name]).sum()) for name, p in moved.items() if p.grad is not None
+    )
+    losses = list[float]()
+    for way in (1e-5, -2e-5):
+        with torch.no_grad():
+            for name, p in moved.items():
+                p += way * along[name]
+        losses.append(float(one.run(0, batches) or 0))
+    assert expected and (losses[0] - losses[1]) / 2e-5 == pytest.approx(expected, rel=1e-3)
+
+
+def test_micro_batches_have_dropout_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    one: ReplayStepper = stepper(ReplayStepper, recipe(), Prose(), dropout=0.3)
+    seeds = list[int]()
+    monkeypatch.setattr(torch, "manual_seed", seeds.append)
+    one.run(0, [rows(), rows()])
+    there = [seed for seed in seeds[1:] if seeds.count(seed) == 2]
+    assert len(there) == len(seeds) - 1, "each there and back, and all others another"
+
+
 def test_tokens_count_as_often_as_they_are_replayed() -> None:
     one = stepper(ReplayStepper, recipe(replay={"times": 2}), Prose())
     one.run(0, [rows()])
@@ -295,7 +335,7 @@ def test_texts_come_to_more_blocks_as_their_answers_are_right() -> None:
     table["data"] |= {"begin_length": 1, "grow_at": 0.5}
     made = Recipe.from_dict(table)
     one, growth = stepper(ReplayStepper, made, Prose()), Curriculum(made, Prose())
-    longest = []
+    longest = list[int]()
     while not longest or growth.longest != longest[-1]:
         longest.append(growth.longest)
         one.longest = growth.longest
@@ -312,8 +352,8 @@ def test_a_replayed_text_is_right_if_all_of_its_answers_are() -> None:
     one, said = stepper(ReplayStepper, Recipe.from_dict(table), Prose()), list[Tensor]()
     asks = one._pieces.ask
 
-    def heard(*given: Any) -> Asked:
-        asked = asks(*given)
+    def heard(*given: Any, **named: Any) -> Asked:
+        asked = asks(*given, **named)
         said.append(torch.tensor([[True], [len(said) % 2 == 1]]))
         return replace(asked, said=said[-1])
 
@@ -396,6 +436,15 @@ def test_a_run_that_goes_on_is_one_that_was_not_stopped(tmp_path: Path) -> None:
         ({"fam": {"fam_query": "static"}}, "static"),
         ({"run": {"cuda_graphs": True, "activation_checkpointing": True}}, "checkpointing"),
         ({"run": {"cuda_graphs": True}, "fam": {"fam_position": "zero"}}, "fam_position"),
+        # Without FAM nothing is replayed, and recordings are those of steps that read.
+        (
+            {
+                "run": {"cuda_graphs": True},
+                "fam": {"fam_length": 0, "fam_seen": "always", "adapted": "all"},
+                "data": {"layout": "documents"},
+            },
+            'layout="documents"',
+        ),
         ({"data": {"layout": "documents"}}, "single"),
         ({"data": {"sources": [{"kind": "files", "path": "x.jsonl"}]}}, "files"),
     ],

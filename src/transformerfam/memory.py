@@ -188,6 +188,8 @@ class Memory(Cache):
             return self.passed_fams, self.passed
         if self.passed_fams is None:
             return prefix, self.untouched
+        if all(self.passed):
+            return self.passed_fams, self.passed
         passed = torch.tensor(self.passed, device=prefix[0].device)[:, None, None]
         fams = zip(self.passed_fams, prefix, strict=True)
         return [torch.where(passed, fam.to(own), own) for fam, own in fams], (True,) * self.rows

@@ -103,7 +103,8 @@ def replay(model: Any, given: ReadBefore, memory: Memory, **options: Any) -> Non
     Args:
         model: a TransformerFAM.
         given: what the tokens left when they were read. Blocks need not have stood behind each other.
-        memory: of streams that stand at the start of a block; it is advanced.
+        memory: of streams that stand at the start of a block; it is advanced, unless `given.keep` says
+            that F alone is wanted.
         options: of the decoder, such as `fam_observer`.
 
     Raises:

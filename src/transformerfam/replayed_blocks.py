@@ -34,8 +34,11 @@ class ReplayPass(TokenPass):
         block = cache(lambda j: given.block(self.layer, j))
         if self.call.keep:
             self._keep(given, block)
-        else:
+        elif self._has_fam_alone:
             self._led(block, self._beginning(), {})
+        else:
+            before = self._before(self._of_each(block(0)))
+            self._led(block, before.fam, before.extra)
         return value.new_zeros(*query.shape[:3], value.shape[-1]).transpose(1, 2)
 
     def _led(
@@ -46,8 +49,15 @@ class ReplayPass(TokenPass):
         fam, made = recurrence.run(fam)
         return fam, dict(enumerate(made)), recurrence.extra
 
+    @property
+    def _has_fam_alone(self) -> bool:
+        """Whether F is all that streams bring, alike in all rows."""
+        beginning = set(self.call.beginning) if self.call.first_fams is not None else {False}
+        empty = self.call.before[self.layer] is None
+        return empty and len(beginning) == 1 and not self.config.is_static
+
     def _beginning(self) -> Tensor:
-        """F before the call, of streams that all begin with one or all with none."""
+        """F before the call, of streams that have no other memory: not even an empty one is made."""
         first = self.call.first_fams
         if first is None:
             return self.hidden.new_zeros(

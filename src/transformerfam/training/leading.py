@@ -86,6 +86,7 @@ class Leading:
             before, given = _parted(tensors, fam is not None)
             return [self._after(before, _unflat(given), rows, number)]
 
+        # Not the number: keys stand in the frame of their block, and F beside them.
         key = "lead", fam is None, rows, len(block[0].keys)
         return self._plays(key, run, [*([] if fam is None else [fam]), *_flat(block)])[0]
 
@@ -149,7 +150,8 @@ class Leading:
 
         tensors = [t for block in (*blocks, anchors) for t in _flat(block)]
         shared = tuple(len(block[0].keys) == 1 for block in blocks)
-        # At the start of a text anchors may stand in the windows too, and are seen once.
+        # How many blocks are behind matters in one way: at the start of a text anchors may stand in the
+        # windows too, and are seen once.
         key = "ask", self._base.fam_config.memory_segments, begun, shared, behind > count
         return self._asked(key, remembers, fams, tensors, asked, columns, share)
 
@@ -190,11 +192,11 @@ class Leading:
         share: float,
     ) -> Asked:
         def run(given: list[Tensor]) -> list[Tensor]:
-            fams, inputs, targets, weights, share, *rest = given
+            leaf, inputs, targets, weights, part, *rest = given
             columns = None
             if wanted is not None:
                 columns, *rest = rest
-            leaf = fams.detach().requires_grad_()
+            leaf = leaf.detach().requires_grad_()
             with self._accelerator.autocast():
                 memory = remembers(leaf, rest)
                 with memory.asked(), apart("question"):
@@ -211,7 +213,7 @@ class Leading:
                 summed = weighted_cross_entropy(
                     logits.flatten(0, 1), targets.flatten(), weights.flatten()
                 )
-            (summed * share).backward()
+            (summed * part).backward()
             return [summed.detach(), _gradient(leaf), said]
 
         given = [fams, asked.inputs, asked.targets, asked.weights]

@@ -43,7 +43,7 @@ def stepper_for(accelerator: Any, model: Any, base: Any, recipe: Recipe, source:
     """The recipe's way to do steps."""
     if recipe.replay.blocks and recipe.fam.has_feedback:
         return ReplayStepper(accelerator, model, base, recipe, source)
-    kind = RecordedStepper if _recorded(accelerator, recipe) else Stepper
+    kind = RecordedStepper if _plays_graphs(accelerator, recipe) else Stepper
     return kind(accelerator, model, base, recipe)
 
 
@@ -161,7 +161,7 @@ def _begins(place: int, room: int) -> int:
     return max(0, (2 * place + 1) * room // (2 * _PLACES))
 
 
-def _recorded(accelerator: Any, recipe: Recipe) -> bool:
+def _plays_graphs(accelerator: Any, recipe: Recipe) -> bool:
     """Whether steps are CUDA graphs: without a GPU, or with several, nothing is."""
     one_gpu = accelerator.device.type == "cuda" and accelerator.num_processes == 1
     return recipe.run.cuda_graphs and one_gpu
@@ -199,8 +199,17 @@ class ReplayStepper(Stepper):
         self._source = source
         self._library: Library | None = None
         self._trained = [p for p in model.parameters() if p.requires_grad]
-        self._recorded = _recorded(accelerator, recipe)
+        self._recorded = _plays_graphs(accelerator, recipe)
+        dropout = getattr(base.config.get_text_config(), "attention_dropout", 0.0)
+        if self._recorded and dropout:
+            raise UserError(
+                f"The model has attention_dropout={dropout}, which differs there and back where steps "
+                "are recorded; set run.cuda_graphs=false."
+            )
         plays = RecordedPieces(self._trained) if self._recorded else at_once
+        self._batch = 0  # of the step's, so that each has a dropout of its own
+        # Windows of other kinds have something to see in any case.
+        self._narrows = recipe.fam.attention == "bswa"
         self._pieces = Leading(accelerator, self.inner, base, plays)
 
     @property
@@ -218,18 +227,28 @@ class ReplayStepper(Stepper):
 
     def run(self, step: int, batches: Sequence[Batch]) -> float | None:
         """See `Stepper`."""
+        self._batch = 0
         loss = super().run(step, batches)
         if self.accelerator.num_processes > 1:
-            # Gradients come in pieces, past the wrapper that would add them up.
-            for parameter in self._trained:
-                own = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-                parameter.grad = self.accelerator.reduce(own, "sum")
+            self._add_up_gradients()
         return loss
+
+    def _add_up_gradients(self) -> None:
+        """Over all processes: gradients come in pieces, past the wrapper that would do so.
+
+        What was in them before the step is added up too; a trainer has taken it away.
+        """
+        own = [torch.zeros_like(p) if p.grad is None else p.grad for p in self._trained]
+        summed = self.accelerator.reduce(torch.cat([g.flatten() for g in own]), "sum")
+        parts = summed.split([g.numel() for g in own])
+        for parameter, part in zip(self._trained, parts, strict=True):
+            parameter.grad = part.view_as(parameter).to(parameter.dtype)
 
     def _through(
         self, batch: Batch, memory: Memory, total: float, is_last: bool
     ) -> tuple[float, Memory]:
         batch.check_told_within(self.base.fam_config.block_size)
+        self._batch += 1
         own = self._read(batch)
         summed, times = 0.0, self.recipe.replay.times
         for time in range(times):
@@ -250,8 +269,9 @@ class ReplayStepper(Stepper):
 
     def _in_turn(self, rows: int, segments: int) -> list[slice]:
         """Rows that read, or are asked, at a time: more of them where windows are shorter."""
-        widest = self.recipe.fam.memory_segments
-        each = self.recipe.replay.rows_at_once * (widest + 1) // (segments + 1) or max(1, rows)
+        widest = max(self.recipe.fam.memory_segments, *self.feedback.drawn_segments, 0)
+        wanted = self.recipe.replay.rows_at_once or rows
+        each = max(1, wanted * (widest + 1) // (segments + 1))
         return [slice(start, min(start + each, rows)) for start in range(0, rows, each)]
 
     def _text(self, batch: Batch, time: int) -> Text:
@@ -291,7 +311,7 @@ class ReplayStepper(Stepper):
             self._same_chance(text, j)
             before, block = fams[j - 1] if j else None, self._block(text, own, j)
             found = self._pieces.back(before, block, rows, j, led.gradients[j])
-            if j and found is not None:
+            if found is not None:
                 led.gradients[j - 1] += found
                 if self.recipe.replay.max_growth:
                     _cut(led.gradients[j - 1], most)
@@ -309,7 +329,8 @@ class ReplayStepper(Stepper):
     def _same_chance(self, text: Text, block: int) -> None:
         """Dropout there is dropout back."""
         if not self._recorded:
-            torch.manual_seed(self._seed(self._step) ^ (text.time << 16 | block + 1))
+            place = f"{self._seed(self._step)}/{self._batch}/{text.time}/{block}"
+            torch.manual_seed(random.Random(place).getrandbits(63))
 
     def _block(self, text: Text, own: Recording, j: int) -> Block:
         """What a block of the text left; of the last, that is begun, what is read of it."""
@@ -323,16 +344,22 @@ class ReplayStepper(Stepper):
 
     def _ask(self, led: Led, rows: slice, share: float) -> float:
         """The loss of some rows' questions behind the text."""
-        text, own = led.text, led.own.rows(rows)
-        segments, previous = (
-            getattr(self.base.fam_config, name) for name in ("memory_segments", "previous_fams")
-        )
-        seen = range(max(0, text.blocks - max(segments, previous)), text.blocks + 1)
+        text, own, config = led.text, led.own.rows(rows), self.base.fam_config
+        previous = config.previous_fams
+        kept = max((config.past_length or 0) // config.block_size, previous)
+        seen = range(max(0, text.blocks - kept), text.blocks + 1)
         blocks = [self._block(text, own, j) for j in seen]
         newest = slice(max(0, text.blocks - previous), None)
         asked = text.asked.rows(rows).to(self.accelerator.device)
-        known = led.fams[newest, :, rows], blocks, own.anchors, text.blocks
-        found = self._pieces.ask(*known, asked, self._columns(asked), share)
+        found = self._pieces.ask(
+            led.fams[newest, :, rows],
+            blocks,
+            own.anchors,
+            behind=text.blocks,
+            asked=asked,
+            columns=self._columns(asked),
+            share=share,
+        )
         led.gradients[newest, :, rows] += found.gradient
         self._said[:, rows] = found.said
         return found.loss
@@ -357,7 +384,7 @@ class ReplayStepper(Stepper):
         # (R, n, L, N, d), of which places pick (asked, L, N, d)
         fams, gradients = (x.permute(2, 0, 1, 3, 4) for x in (led.fams, led.gradients))
         segments = self.base.fam_config.memory_segments
-        if asked.inputs.shape[1] <= self.base.fam_config.block_size:
+        if asked.inputs.shape[1] <= self.base.fam_config.block_size and self._narrows:
             self._set_segments(0)  # windows that hold nothing need not be looked at
         known = fams[places].transpose(0, 1)[None]
         found = self._pieces.ask_fam_alone(known, asked, self._columns(asked), share)

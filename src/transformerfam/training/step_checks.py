@@ -65,7 +65,7 @@ def check_recording(recipe: Recipe) -> None:
     """What every row of a recorded step has in common is recorded with it."""
     if not recipe.run.cuda_graphs:
         return
-    if recipe.replay.blocks:
+    if recipe.replay.blocks and recipe.fam.has_feedback:
         _refuse_in_recordings(_where_replayed(recipe))
         return
     feedback = recipe.feedback
@@ -102,7 +102,7 @@ def _where_replayed(recipe: Recipe) -> dict[str, object]:
         "feedback.bias_steps": recipe.feedback.bias_steps and recipe.fam.has_feedback,
         "train.dropout": recipe.train.dropout,
         'fam.fam_position="zero"': recipe.fam.fam_position == "zero",
-        "fam.global_tokens": recipe.fam.global_positions,
+        "fam.global_positions": recipe.fam.global_positions,
     }
 
 
