@@ -176,8 +176,8 @@ def _norms(gradients: Tensor) -> Tensor:
 def _cut(gradient: Tensor, most: Tensor) -> None:
     """Rows of (L, R, N, d) whose norm is more than that of `most`, (R,), to that norm.
 
-    Over many blocks the gradients of a few rows grow a thousandfold; under `max_grad_norm`, which cuts
-    the sum of all, nothing would be left of the others.
+    Over many blocks the gradients of a few rows grow several hundredfold; of the others nothing would be
+    left under `max_grad_norm`, which cuts the sum of all.
     """
     share = (most / _norms(gradient).clamp(min=1e-30)).clamp(max=1.0)
     gradient *= share[:, None, None].to(gradient.dtype)
