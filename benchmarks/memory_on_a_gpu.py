@@ -31,7 +31,7 @@ from transformers import AutoTokenizer
 from transformerfam import report
 from transformerfam.data.files import plain_texts
 from transformerfam.embedded import SHIPPED, shipped_adapter
-from transformerfam.evaluate import Results, evaluate, plan
+from transformerfam.evaluate import Results, evaluate, plan, summarise
 from transformerfam.readers import readers_of
 from transformerfam.tasks import TASKS, Wanted
 from transformerfam.training.places import CHECKPOINTS
@@ -146,14 +146,10 @@ def ask(model: Any, folder: Path, held: Path, lengths: tuple[int, ...], samples:
         asks = plan(readers, [case], together=SIDE_BY_SIDE)
         with torch.autocast("cuda", torch.bfloat16, enabled=model.device.type == "cuda"):
             lines = [line for _, line in evaluate(asks, results, SIDE_BY_SIDE)]
-        whole, digits = (
-            sum(line["metrics"][name] for line in lines) / len(lines)
-            for name in ("exact", "tokens")
-        )
-        print(
-            f"{case.label}: {whole:.2f} of {len(lines)} whole, {digits:.2f} of the digits",
-            flush=True,
-        )
+        whole, digits = (summarise(lines, metric) for metric in ("exact", "tokens"))
+        if whole and digits:
+            right = f"{whole.mean:.2f} of {whole.count} whole, {digits.mean:.2f} of the digits"
+            print(f"{case.task} of {case.setting['length']:,} tokens: {right}", flush=True)
 
 
 def main() -> None:
@@ -187,7 +183,11 @@ def main() -> None:
             print(f"{name}: {done.steps:,} steps, {ends}, {took}", flush=True)
             trained = done.model
         carried(args.out / name, args.out / "adapter")
-    if args.held and trained is not None:
+    if args.held and trained is None:
+        print(
+            f"Nothing was trained, and so nothing is asked: fam eval --adapter {args.out / 'adapter'}"
+        )
+    elif args.held:
         lengths, samples = ((1200,), 1) if args.check else (LENGTHS, SIDE_BY_SIDE)
         ask(trained, args.out / NAMES[-1], args.held, lengths, samples)
 

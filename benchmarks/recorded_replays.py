@@ -12,20 +12,19 @@ from __future__ import annotations
 import argparse
 import random
 import time
+from dataclasses import replace
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from recorded_steps import VOCABULARY, gradients_of_last, largest_difference, over_a_new_model
 
-from transformerfam import convert, report
+from transformerfam import report
 from transformerfam.data.examples import Example
-from transformerfam.training import adaptation
 from transformerfam.training.batches import Batch
 from transformerfam.training.leading import Leading
 from transformerfam.training.recipe import Recipe
 from transformerfam.training.replaying import ReplayStepper
-from transformerfam.training.trainer import make_accelerator
 
-VOCABULARY, QUESTION = 49152, 60
+QUESTION = 60
 SHAPES = ((4, 0), (16, 0), (16, 3))  # blocks behind the first, past blocks that questions see
 
 
@@ -43,16 +42,6 @@ class Prose:
 
 def made(layers: int, block_size: int, precision: str, behind: int, at_once: int) -> ReplayStepper:
     """A stepper over a new model."""
-    torch.manual_seed(0)
-    llama = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=576,
-        intermediate_size=1536,
-        num_hidden_layers=layers,
-        num_attention_heads=9,
-        num_key_value_heads=3,
-        tie_word_embeddings=True,
-    )
     recipe = Recipe.from_dict(
         {
             "fam": {
@@ -71,15 +60,8 @@ def made(layers: int, block_size: int, precision: str, behind: int, at_once: int
             "run": {"precision": precision, "activation_checkpointing": False, "cuda_graphs": True},
         }
     )
-    accelerator = make_accelerator(recipe)
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
-    plain = convert(LlamaForCausalLM(llama).to(dtype), recipe.fam)
-    model = adaptation.adapt(plain, recipe.train, seed=0)
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:  # zeros at the start, behind which no gradient comes
-            torch.nn.init.normal_(parameter.data, std=0.02)
-    base = adaptation.base_of(model)
-    return ReplayStepper(accelerator, accelerator.prepare(model).train(), base, recipe, Prose())
+    stepper: ReplayStepper = over_a_new_model(ReplayStepper, recipe, layers, Prose())
+    return stepper
 
 
 def batch(rows: int, block_size: int) -> Batch:
@@ -101,16 +83,8 @@ def difference(precision: str) -> float:
         stepper = made(layers=3, block_size=128, precision=precision, behind=3, at_once=2)
         if not recorded:
             unrecord(stepper)
-        for step in range(2):  # the second is played back
-            for parameter in stepper.model.parameters():
-                parameter.grad = None
-            stepper.run(step, [batch(4, 128)])
-        named = stepper.model.named_parameters()
-        found.append({name: p.grad.clone() for name, p in named if p.requires_grad})
-    plain, played = found
-    return max(
-        float((plain[n] - played[n]).norm() / plain[n].norm().clamp(min=1e-9)) for n in plain
-    )
+        found.append(gradients_of_last(stepper, [batch(4, 128)] * 2))
+    return largest_difference(*found)
 
 
 def unrecord(stepper: ReplayStepper) -> None:
@@ -120,11 +94,8 @@ def unrecord(stepper: ReplayStepper) -> None:
 
 def seconds(stepper: ReplayStepper, its: Batch, segments: int, steps: int) -> float:
     """Of a step."""
-    stepper.recipe = stepper.recipe.replace(
-        feedback=stepper.recipe.feedback.__class__(
-            bias_steps=0, asked_blocks=2, drawn_segments=(segments,)
-        )
-    )
+    feedback = replace(stepper.recipe.feedback, drawn_segments=(segments,))
+    stepper.recipe = stepper.recipe.replace(feedback=feedback)
     for step in range(8):  # all places where questions may begin
         stepper.run(step, [its])
     torch.cuda.synchronize()

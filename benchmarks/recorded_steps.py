@@ -11,9 +11,11 @@ from __future__ import annotations
 
 import gc
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from transformerfam import FamConfig, convert, report
@@ -24,15 +26,16 @@ from transformerfam.training.recipe import Recipe
 from transformerfam.training.steps import Stepper
 from transformerfam.training.trainer import make_accelerator
 
+VOCABULARY = 49152
 SHAPES = ((128, 256, 64, 0), (96, 512, 64, 0), (48, 1024, 128, 1), (24, 2048, 256, 1))
 STEPS = 3
 
 
-def made(kind: type[Stepper], config: FamConfig, layers: int, length: int, precision: str) -> Any:
-    """A stepper of this kind over a new model."""
+def over_a_new_model(kind: Any, recipe: Recipe, layers: int, *more: Any) -> Any:
+    """A stepper of this kind over a model of SmolLM2's shape in the recipe's geometry and precision."""
     torch.manual_seed(0)
     llama = LlamaConfig(
-        vocab_size=49152,
+        vocab_size=VOCABULARY,
         hidden_size=576,
         intermediate_size=1536,
         num_hidden_layers=layers,
@@ -40,7 +43,19 @@ def made(kind: type[Stepper], config: FamConfig, layers: int, length: int, preci
         num_key_value_heads=3,
         tie_word_embeddings=True,
     )
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[recipe.run.precision]
+    accelerator = make_accelerator(recipe)
+    plain = convert(LlamaForCausalLM(llama).to(dtype), recipe.fam)
+    model = adaptation.adapt(plain, recipe.train, seed=0)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:  # zeros at the start, behind which no gradient comes
+            torch.nn.init.normal_(parameter.data, std=0.02)
+    base = adaptation.base_of(model)
+    return kind(accelerator, accelerator.prepare(model).train(), base, recipe, *more)
+
+
+def made(kind: type[Stepper], config: FamConfig, layers: int, length: int, precision: str) -> Any:
+    """A stepper of this kind over a new model."""
     recipe = Recipe.from_dict(
         {
             "train": {"rank": 16, "alpha": 32.0},
@@ -49,19 +64,28 @@ def made(kind: type[Stepper], config: FamConfig, layers: int, length: int, preci
             "run": {"precision": precision, "activation_checkpointing": False},
         }
     )
-    accelerator = make_accelerator(recipe)
-    plain = convert(LlamaForCausalLM(llama).to(dtype), config)
-    model = adaptation.adapt(plain, recipe.train, seed=0)
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:  # zeros at the start, behind which no gradient comes
-            torch.nn.init.normal_(parameter.data, std=0.02)
-    base = adaptation.base_of(model)
-    return kind(accelerator, accelerator.prepare(model).train(), base, recipe)
+    return over_a_new_model(kind, recipe.replace(fam=config), layers)
+
+
+def gradients_of_last(stepper: Any, steps: Sequence[Batch]) -> dict[str, Tensor]:
+    """The gradients of the last of some steps: where steps are recorded, one that is played back."""
+    for number, its in enumerate(steps):
+        stepper.model.zero_grad()
+        stepper.run(number, [its])
+    named = stepper.model.named_parameters()
+    return {name: p.grad.clone() for name, p in named if p.requires_grad}
+
+
+def largest_difference(plain: dict[str, Tensor], recorded: dict[str, Tensor]) -> float:
+    """Of a gradient, relative to its norm."""
+    return max(
+        float((plain[n] - recorded[n]).norm() / plain[n].norm().clamp(min=1e-9)) for n in plain
+    )
 
 
 def batch(rows: int, length: int) -> Batch:
     """Random tokens, of which the last six count fully."""
-    ids = torch.randint(49152, (rows, length + 1), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(VOCABULARY, (rows, length + 1), generator=torch.Generator().manual_seed(0))
     weights = torch.full((rows, length), 0.01)
     weights[:, -6:] = 1
     return Batch(ids[:, :-1], ids[:, 1:], weights, None, (True,) * rows)
@@ -80,19 +104,12 @@ def fam(block_size: int, memory_segments: int) -> FamConfig:
 
 def difference(precision: str) -> float:
     """The largest relative difference of a gradient, plain and recorded."""
-    found = []
-    for kind in (Stepper, RecordedStepper):
-        stepper = made(kind, fam(64, 1), layers=3, length=400, precision=precision)
-        for length in (400, 333):  # the second is played back, filled up
-            for parameter in stepper.model.parameters():
-                parameter.grad = None
-            stepper.run(0, [batch(4, length)])
-        named = stepper.model.named_parameters()
-        found.append({name: p.grad.clone() for name, p in named if p.requires_grad})
-    plain, recorded = found
-    return max(
-        float((plain[n] - recorded[n]).norm() / plain[n].norm().clamp(min=1e-9)) for n in plain
+    steps = [batch(4, length) for length in (400, 333)]  # the second is filled up
+    plain, recorded = (
+        gradients_of_last(made(kind, fam(64, 1), 3, 400, precision), steps)
+        for kind in (Stepper, RecordedStepper)
     )
+    return largest_difference(plain, recorded)
 
 
 def seconds(kind: type[Stepper], shape: tuple[int, int, int, int]) -> tuple[float, float]:

@@ -43,7 +43,12 @@ class Curriculum:
         shortest = min((min(s.texts.lengths) for s in self._made), default=0)
         self._limit = max((max(s.texts.lengths) for s in self._made), default=recipe.data.length)
         if recipe.replay.blocks and recipe.fam.has_feedback:
-            shortest, self._limit = replayed_lengths(recipe)
+            lengths = [
+                replayed_length(before, behind, recipe.fam.block_size)
+                for before in recipe.replay.before
+                for behind in recipe.replay.behind
+            ]
+            shortest, self._limit = min(lengths), max(lengths)
         self._right: deque[tuple[int, int]] = deque()
         self.longest = recipe.data.length
         if self._grows:
@@ -84,13 +89,9 @@ class Curriculum:
             source.longest = self.longest
 
 
-def replayed_lengths(recipe: Recipe) -> tuple[int, int]:
-    """Tokens of the shortest and of the longest text that is put together of blocks (`replay`)."""
-    replay = recipe.replay
-    # Its own block, and that in which it is asked.
-    blocks = (each(replay.before) + each(replay.behind) + 2 for each in (min, max))
-    shortest, longest = (n * recipe.fam.block_size for n in blocks)
-    return shortest, longest
+def replayed_length(before: int, behind: int, block_size: int) -> int:
+    """Tokens of a text with so many blocks around its own (`replay`), and that in which it is asked."""
+    return (before + behind + 2) * block_size
 
 
 def answers_said(logits: Tensor, targets: Tensor, weights: Tensor) -> Tensor:

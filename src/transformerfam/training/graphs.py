@@ -10,6 +10,7 @@ Where only what is asked sees FAM (`fam_seen="asked"`) it is of a whole text, on
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -104,22 +105,19 @@ class RecordedStepper(Stepper):
         self, begins: Beginning, rows: int, streams: Streams, length: int, read: int
     ) -> Recording:
         """A new recording; it was run to be made, and leaves nothing of that behind."""
-        touched = [*self._gradients.tensors, *streams.tensors()]
-        before = [tensor.clone() for tensor in touched]
-        made = Recording(
-            self.model,
-            Memory.for_model(self.base, rows),
-            length,
-            begins,
-            streams,
-            counts_right=self._counts_right,
-            writes=bool(self.feedback.state_passing),
-            goes_on=bool(self.feedback.bptt_blocks),
-            read=read if self._some_ask else None,
-            pool=self._pool,
-        )
-        torch._foreach_copy_(touched, before)
-        return made
+        with undone([*self._gradients.tensors, *streams.tensors()]):
+            return Recording(
+                self.model,
+                Memory.for_model(self.base, rows),
+                length,
+                begins,
+                streams,
+                counts_right=self._counts_right,
+                writes=bool(self.feedback.state_passing),
+                goes_on=bool(self.feedback.bptt_blocks),
+                read=read if self._some_ask else None,
+                pool=self._pool,
+            )
 
 
 class Streams:
@@ -321,15 +319,14 @@ class RecordedPieces:
         if key not in self._made:
             places = [self._place(i, tensor) for i, tensor in enumerate(given)]
             torch._foreach_copy_(places, given)
-            before = [gradient.clone() for gradient in self._gradients.tensors]
             kept = self._kept.setdefault(key, {})
 
             def piece() -> list[Tensor]:
                 with keeping(kept):
                     return run(places)
 
-            self._made[key] = places, *recorded(piece, self._pool)
-            torch._foreach_copy_(self._gradients.tensors, before)
+            with undone(self._gradients.tensors):
+                self._made[key] = places, *recorded(piece, self._pool)
         places, results, play = self._made[key]
         torch._foreach_copy_(places, given)
         play()
@@ -357,6 +354,14 @@ class _Gradients:
             torch._foreach_zero_([gradient for _, gradient in gone])
         for parameter, gradient in gone:
             parameter.grad = gradient
+
+
+@contextmanager
+def undone(tensors: list[Tensor]) -> Iterator[None]:
+    """What is written into some tensors in here: a recording is run to be made, and leaves nothing."""
+    before = [tensor.clone() for tensor in tensors]
+    yield
+    torch._foreach_copy_(tensors, before)
 
 
 def graph_pool() -> Any:

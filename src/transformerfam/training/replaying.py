@@ -27,6 +27,7 @@ from transformerfam.memory import Memory
 from transformerfam.replay import Recording, record
 from transformerfam.stream import evaluating
 from transformerfam.training.batches import Batch
+from transformerfam.training.curriculum import replayed_length
 from transformerfam.training.graphs import RecordedPieces, RecordedStepper
 from transformerfam.training.leading import Block, Leading, at_once
 from transformerfam.training.recipe import Recipe
@@ -293,8 +294,7 @@ class ReplayStepper(Stepper):
         every = [(before, behind) for before in settings.before for behind in settings.behind]
         if not self.recipe.data.begin_length:
             return every
-        # Their own block, and that in which they are asked.
-        return [pair for pair in every if (sum(pair) + 2) * B <= self.longest]
+        return [pair for pair in every if replayed_length(*pair, B) <= self.longest]
 
     def _replayed(self, text: Text, own: Recording, share: float) -> float:
         """The loss of a text, whose gradients times `share` are added to those of the parameters."""
@@ -306,25 +306,29 @@ class ReplayStepper(Stepper):
             summed += self._ask(led, part, share)
         self._count()
         self._ask_fam_alone(led, share)
-        most = self.recipe.replay.max_growth * _norms(led.gradients).amax(0)
+        growth = self.recipe.replay.max_growth
+        most = growth * _norms(led.gradients).amax(0) if growth else None
         for j in reversed(range(text.blocks)):
             self._same_chance(text, j)
             before, block = fams[j - 1] if j else None, self._block(text, own, j)
             found = self._pieces.back(before, block, rows, j, led.gradients[j])
             if found is not None:
                 led.gradients[j - 1] += found
-                if self.recipe.replay.max_growth:
+                if most is not None:
                     _cut(led.gradients[j - 1], most)
         return summed
 
     def _lead(self, text: Text, own: Recording) -> Tensor:
         """F after each block, (n, L, R, N, d)."""
-        fams: list[Tensor] = []
+        fams = torch.empty(0)
         for j in range(text.blocks):
             self._same_chance(text, j)
-            before, block = fams[-1] if fams else None, self._block(text, own, j)
-            fams.append(self._pieces.lead(before, block, len(text.rows.fresh), j).clone())
-        return torch.stack(fams)
+            before, block = fams[j - 1] if j else None, self._block(text, own, j)
+            after = self._pieces.lead(before, block, len(text.rows.fresh), j)
+            if not j:
+                fams = after.new_empty(text.blocks, *after.shape)
+            fams[j] = after
+        return fams
 
     def _same_chance(self, text: Text, block: int) -> None:
         """Dropout there is dropout back."""
