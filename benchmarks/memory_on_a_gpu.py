@@ -69,10 +69,10 @@ STAGES: tuple[tuple[str, float, int, tuple[int, ...], tuple[str, ...]], ...] = (
         (
             "replay.blocks=256",
             "replay.before=0,0,0,0,1,3,6,12",
-            "replay.behind=1,3,5,8,12,16,24,36",
+            "replay.behind=1,3,5,8,12,18,27,40,60",
             "replay.times=1",
             "replay.rows_at_once=32",
-            "replay.max_growth=10",
+            "feedback.bptt_blocks=4",
             "feedback.asked_blocks=4",
             "data.begin_length=12288",
             "data.grow_at=0.6",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Sequence
 from dataclasses import replace
@@ -31,8 +32,9 @@ from transformerfam.training.batches import Batch
 from transformerfam.training.curriculum import Curriculum, answers_said
 from transformerfam.training.inputs import open_source
 from transformerfam.training.leading import Asked
+from transformerfam.training.library import Library
 from transformerfam.training.recipe import Recipe
-from transformerfam.training.replaying import Library, ReplayStepper, Text
+from transformerfam.training.replaying import ReplayStepper, Text
 from transformerfam.training.steps import FamAfterBlocks, Stepper
 from transformerfam.training.trainer import Trainer
 
@@ -192,11 +194,85 @@ def whole_text(one: ReplayStepper, text: Text, own: Recording) -> tuple[Tensor, 
 
 
 @pytest.mark.parametrize("name", GEOMETRIES)
+def test_gradients_stop_where_segments_begin(name: str) -> None:
+    """As if each segment were gone over in a call of its own, from a memory without a gradient."""
+    drawn = {"before": [0, 1, 4], "behind": [0, 3, 7], "times": 4}
+    made = recipe(fam=GEOMETRIES[name], replay=drawn, asked_blocks=2, bptt_blocks=3)
+    one, batch = stepper(ReplayStepper, made, Prose()), rows()
+    loss, ours = one.run(2, [batch]), gradients(one.base)
+    own = one._read(batch)
+    one.base.zero_grad()
+    total = 0.0
+    for time in range(4):
+        text = one._text(batch, time)
+        part, alone = in_segments(one, text, own)
+        total += float(part.detach()) / 4
+        ((part + alone) / 4 / float(batch.weights.sum())).backward()
+    assert loss == pytest.approx(total / float(batch.weights.sum()), rel=1e-5)
+    assert_same(ours, gradients(one.base))
+
+
+def in_segments(one: ReplayStepper, text: Text, own: Recording) -> tuple[Tensor, Tensor]:
+    """As `whole_text`, in segments of `bptt_blocks` blocks that end with the text."""
+    size = one.feedback.bptt_blocks
+    blocks = [one._block(text, own, j) for j in range(text.blocks + 1)]
+    starts = [0, *(j for j in range(1, text.blocks) if (text.blocks - j) % size == 0), text.blocks]
+    memory, written = Memory.for_model(one.base, 2), dict[int, list[Tensor]]()
+    for start, stop in itertools.pairwise(starts):
+        columns = (stop - start) * B + (text.begun if stop == text.blocks else 0)
+        part_of = partial(lambda start, layer, j: blocks[start + j][layer], start)
+        given = ReadBefore(columns, part_of, own.anchors.__getitem__)
+        observer, memory = FamAfterBlocks(), memory.detach()
+        replay(one.base, given, memory, fam_observer=observer)
+        written |= {start + j: observer.after(j) for j in range(stop - start)}
+    with memory.asked():
+        part = one._part_loss(text.asked, memory, {})
+    drawn = one._drawn(text)
+    assert {block for _, block in drawn} <= {stop - 1 for stop in starts[1:]}
+    memory = Memory.for_model(one.base, len(drawn))
+    layers = range(len(written[0]))
+    memory.begin_with([torch.stack([written[j][i][row] for row, j in drawn]) for i in layers])
+    with memory.asked():
+        alone = one._part_loss(text.rows.questions([row for row, _ in drawn]), memory, {})
+    return part, alone / one.feedback.asked_blocks
+
+
+def test_segments_that_nobody_asks_are_not_gone_back_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = {"before": [0], "behind": [40]}
+    one = stepper(ReplayStepper, recipe(replay=drawn, asked_blocks=2, bptt_blocks=3), Prose())
+    back, gone = one._pieces.back, list[int]()
+
+    def heard(*given: Any) -> Tensor | None:
+        gone.append(given[3])
+        found: Tensor | None = back(*given)
+        return found
+
+    monkeypatch.setattr(one._pieces, "back", heard)
+    text = one._text(rows(), 0)
+    one.run(0, [rows()])
+    ends = {40, *(block for _, block in one._drawn(text))}
+    assert ends != {40} and gone == sorted(gone, reverse=True)
+    assert set(gone) == {end - i for end in ends for i in range(3) if end >= i}
+
+
+def test_all_segments_are_asked_in_time() -> None:
+    drawn = {"before": [0, 2], "behind": [6, 7, 8], "times": 99}
+    one = stepper(ReplayStepper, recipe(replay=drawn, asked_blocks=1, bptt_blocks=3), Prose())
+    asked = set[int]()
+    for time in range(99):
+        text = one._text(rows(), time)
+        blocks = {block - text.own for _, block in one._drawn(text)}
+        assert len(blocks) == 1, "alike for all rows"
+        asked |= blocks
+    assert asked == set(range(9))
+
+
+@pytest.mark.parametrize("name", GEOMETRIES)
 def test_recorded_pieces_are_those_that_are_not(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(replaying, "_WIDTH", 2)  # questions begin at several places of such blocks
     drawn = {"before": [0, 1, 2], "behind": [1, 2, 4], "times": 6}
-    segments = [0, 1, 2] if name == "windows" else []
-    made = recipe(fam=GEOMETRIES[name], replay=drawn, asked_blocks=2, drawn_segments=segments)
+    feedback = {"drawn_segments": [0, 1, 2]} if name == "windows" else {"bptt_blocks": 3}
+    made = recipe(fam=GEOMETRIES[name], replay=drawn, asked_blocks=2, **feedback)
     plain, ours = (recorded(made, monkeypatch, is_it) for is_it in (False, True))
     for step in (1, 2, 4):  # which draw 0, 2 and 1 past blocks
         losses = []
@@ -428,6 +504,7 @@ def test_a_run_that_goes_on_is_one_that_was_not_stopped(tmp_path: Path) -> None:
         ({"fam": {"attention": "full"}}, "windows that end"),
         ({"feedback": {"state_passing": 0.5}}, "state_passing"),
         ({"feedback": {"position_offset": 0.5}}, "position_offset"),
+        ({"feedback": {"bptt_blocks": 2}, "fam": {"previous_fams": 3}}, "at least as many, not 2"),
         ({"replay": {"behind": []}}, "behind"),
         ({"replay": {"before": [-1]}}, "before"),
         ({"replay": {"times": 0}}, "times"),

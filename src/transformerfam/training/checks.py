@@ -286,7 +286,9 @@ def _check_asked(recipe: Recipe) -> None:
         'feedback.asked_blocks asks streams that begin with a FAM, and with fam.fam_query="static" none '
         "can; leave one or the other out.",
     )
-    others = feedback.bptt_blocks or feedback.diversity_weight or feedback.reconstruction_weight
+    # Texts that are replayed are asked at the ends of segments.
+    cut = feedback.bptt_blocks and not recipe.replay.blocks
+    others = cut or feedback.diversity_weight or feedback.reconstruction_weight
     alone = fam.fam_seen == "asked" and recipe.data.layout == "single" and not others
     refuse_unless(
         not feedback.asked_blocks or alone or not fam.has_feedback,

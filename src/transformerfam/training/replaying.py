@@ -7,6 +7,10 @@ told; FAM is led over blocks of prose, over that block, and over more prose; and
 is asked, behind the beginning of one more block. With other prose, several times.
 
 That prose is not what would have been read behind the row's first block: it stood in other texts.
+
+With `bptt_blocks` a text is cut, from its end on, into segments of so many blocks, over which gradients
+go back and no further. Questions then stand at the ends of segments, and of segments that nobody asks
+only F is led over. So what a text of hundreds of blocks costs is little more than leading F over it.
 """
 
 from __future__ import annotations
@@ -20,9 +24,8 @@ import torch
 from torch import Tensor
 
 from transformerfam.conversion import reconfigure
-from transformerfam.data.rows import Mixture, Source
+from transformerfam.data.rows import Source
 from transformerfam.errors import UserError
-from transformerfam.layer_memory import KeyValue
 from transformerfam.memory import Memory
 from transformerfam.replay import Recording, record
 from transformerfam.stream import evaluating
@@ -30,10 +33,10 @@ from transformerfam.training.batches import Batch
 from transformerfam.training.curriculum import replayed_length
 from transformerfam.training.graphs import RecordedPieces, RecordedStepper
 from transformerfam.training.leading import Block, Leading, at_once
+from transformerfam.training.library import Library
 from transformerfam.training.recipe import Recipe
 from transformerfam.training.steps import Stepper
 
-_STREAMS = 4  # that are read side by side
 # Of steps that are recorded: questions are filled up to a multiple of so many tokens,
 _WIDTH = 64
 # and begin at one of so many places of a block.
@@ -65,64 +68,6 @@ class Led:
     gradients: Tensor
 
 
-class Library:
-    """Blocks of prose that were read once.
-
-    Args:
-        model: a TransformerFAM.
-        source: what a recipe reads; gives the prose.
-        blocks: P, how many at least; streams that are read side by side have as many each.
-        seed: of the places of the prose.
-
-    Attributes:
-        ids: (P, B), what they say.
-        tokens: of each layer, keys, rotated in the frame of their block, and values, (P, Hk, B, D).
-    """
-
-    def __init__(self, model: Any, source: Source, blocks: int, seed: int) -> None:
-        self.tokens: list[KeyValue] = []
-        streams = min(_STREAMS, blocks)
-        each = -(-blocks // streams)
-        B = model.fam_config.block_size
-        rng = random.Random(f"{seed}/library")
-        texts = [_prose(source, rng, (each + 1) * B) for _ in range(streams)]
-        ids = torch.tensor(texts, device=model.get_input_embeddings().weight.device)
-        # The first token of a stream is one to look at for nothing: its block is like no other.
-        self.ids = ids[:, B:].unflatten(1, (each, B)).flatten(0, 1)
-        memory = Memory.for_model(model, streams)
-        with evaluating(model):
-            for block, part in enumerate(ids.split(B, dim=1)):
-                (read,) = record(model, part, memory)
-                if block:
-                    self._put(slice(block - 1, None, each), read)
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    def _put(self, places: slice, read: Recording) -> None:
-        if not self.tokens:
-            self.tokens = [
-                kv.map(lambda x: x.new_empty(len(self), *x.shape[1:])) for kv in read.tokens
-            ]
-        for kept, new in zip(self.tokens, read.tokens, strict=True):
-            kept.keys[places] = new.keys
-            kept.values[places] = new.values
-
-    def block(self, layer: int, place: int) -> KeyValue:
-        """Keys and values of a block in a layer, (1, Hk, B, D), as views."""
-        return self.tokens[layer].map(lambda x: x[place : place + 1])
-
-
-def _prose(source: Source, rng: random.Random, tokens: int) -> list[int]:
-    """So many tokens of what the sources hide things in."""
-    if isinstance(source, Mixture):
-        source = source.sources[source.place(rng.getrandbits(32))[0]]
-    if not hasattr(source, "prose"):
-        raise UserError("replay.blocks needs sources of made-up texts, whose prose is read once.")
-    ids: list[int] = source.prose(rng, tokens)
-    return ids
-
-
 @dataclass(frozen=True)
 class Text:
     """Texts of as many blocks: prose, the block of each row that tells, prose, and its question.
@@ -151,6 +96,14 @@ class Text:
     def prose(self, block: int, count: int) -> int:
         """Place of the prose of a block in a library of so many."""
         return (self.place + block) % count
+
+    def ends(self, size: int) -> range:
+        """The last blocks of segments of `size` blocks, from that on in which all has been told.
+
+        The last segment ends with the text; 0: every block ends one.
+        """
+        size = size or 1
+        return range(self.own + (self.blocks - 1 - self.own) % size, self.blocks, size)
 
     def tokens(self, block_size: int) -> int:
         """Of all rows, those that are asked among them."""
@@ -305,18 +258,32 @@ class ReplayStepper(Stepper):
         for part in self._in_turn(rows, self.base.fam_config.memory_segments):
             summed += self._ask(led, part, share)
         self._count()
-        self._ask_fam_alone(led, share)
-        growth = self.recipe.replay.max_growth
+        drawn = self._drawn(text)
+        self._ask_fam_alone(led, drawn, share)
+        self._lead_back(led, {text.blocks - 1, *(block for _, block in drawn)})
+        return summed
+
+    def _lead_back(self, led: Led, ends: set[int]) -> None:
+        """Gradients of F from the ends of some segments back to their first blocks."""
+        text, growth = led.text, self.recipe.replay.max_growth
         most = growth * _norms(led.gradients).amax(0) if growth else None
-        for j in reversed(range(text.blocks)):
-            self._same_chance(text, j)
-            before, block = fams[j - 1] if j else None, self._block(text, own, j)
-            found = self._pieces.back(before, block, rows, j, led.gradients[j])
-            if found is not None:
+        for segment in self._segments(text, ends):
+            for j in segment:
+                self._same_chance(text, j)
+                before, block = led.fams[j - 1] if j else None, self._block(text, led.own, j)
+                found = self._pieces.back(before, block, len(text.rows.fresh), j, led.gradients[j])
+                if found is None or j == segment[-1]:
+                    continue
                 led.gradients[j - 1] += found
                 if most is not None:
                     _cut(led.gradients[j - 1], most)
-        return summed
+
+    def _segments(self, text: Text, ends: set[int]) -> list[range]:
+        """The blocks of segments, each and all from the last to the first."""
+        size = self.feedback.bptt_blocks
+        if not size:
+            return [range(text.blocks - 1, -1, -1)]
+        return [range(end, max(-1, end - size), -1) for end in sorted(ends, reverse=True)]
 
     def _lead(self, text: Text, own: Recording) -> Tensor:
         """F after each block, (n, L, R, N, d)."""
@@ -368,16 +335,27 @@ class ReplayStepper(Stepper):
         self._said[:, rows] = found.said
         return found.loss
 
-    def _ask_fam_alone(self, led: Led, share: float) -> None:
-        """Ask each row behind blocks that are drawn for it, all of which have told."""
-        text, count = led.text, self.feedback.asked_blocks
-        drawn = [
-            (row, block)
-            for row, ids in enumerate(text.rows.inputs if count else ())
-            for block in self._draw(range(text.own, text.blocks), ids, text.time)
-        ]
+    def _drawn(self, text: Text) -> list[tuple[int, int]]:
+        """Rows, and blocks behind which they are asked of FAM alone; all has been told by then."""
+        count, size = self.feedback.asked_blocks, self.feedback.bptt_blocks
+        if not count:
+            return []
+        ends, every = text.ends(size), range(len(text.rows.fresh))
+        if not size:
+            return [
+                (row, block)
+                for row in every
+                for block in self._draw(ends, text.rows.inputs[row], text.time)
+            ]
+        # The same ones for all rows, so that few segments are gone back over.
+        rng = random.Random(f"{self.recipe.run.seed}/ends/{self._step}/{text.time}")
+        drawn = rng.sample(ends, min(count, len(ends)))
+        return [(row, block) for row in every for block in drawn]
+
+    def _ask_fam_alone(self, led: Led, drawn: Sequence[tuple[int, int]], share: float) -> None:
+        """Ask rows behind blocks, both of which are named, of F alone."""
         for part in self._in_turn(len(drawn), 0):
-            self._ask_behind(led, drawn[part], share / count)
+            self._ask_behind(led, drawn[part], share / self.feedback.asked_blocks)
 
     def _ask_behind(self, led: Led, drawn: Sequence[tuple[int, int]], share: float) -> None:
         """Ask rows behind blocks, each of which is named, of F alone."""

@@ -178,7 +178,8 @@ class FeedbackSettings:
     bptt_blocks: int = _setting(
         0,
         "gradients reach back this many blocks at most (truncated backpropagation); 0: through all "
-        "blocks of a row in a step",
+        "blocks of a row in a step. With `replay.blocks`, `asked_blocks` then counts segments of that "
+        "length",
     )
     asked_blocks: int = _setting(
         0,

@@ -41,9 +41,13 @@ def check_replay(recipe: Recipe) -> None:
         "replay.blocks takes global tokens and sinks from the first block of a text; here are some that "
         "stand further back.",
     )
+    refuse_unless(
+        not feedback.bptt_blocks or feedback.bptt_blocks >= fam.previous_fams,
+        f"replay.blocks wants the {fam.previous_fams} FAMs that are seen in one segment: "
+        f"feedback.bptt_blocks must be at least as many, not {feedback.bptt_blocks}.",
+    )
     wrong = {
         "filler_share without asked_prose": _prose_counts(recipe),
-        "feedback.bptt_blocks": feedback.bptt_blocks,
         "feedback.state_passing": feedback.state_passing,
         "feedback.position_offset": feedback.position_offset,
         "feedback.diversity_weight": feedback.diversity_weight,
