@@ -168,7 +168,7 @@ def test_two_processes_replay_what_one_does(table: dict[str, Any], tmp_path: Pat
     source = {"kind": "passkey", "lengths": [300], "where": "anywhere", "digits": 2}
     table["data"] |= {"layout": "single", "length": 400, "sources": [source]}
     replay = {"blocks": 4, "before": [0, 1], "behind": [1, 3], "times": 2, "rows_at_once": 1}
-    feedback = {"asked_blocks": 1, "bias_steps": 0}
+    feedback = {"asked_blocks": 2, "bptt_blocks": 2, "bias_steps": 0}
     one = Recipe.from_dict({**table, "feedback": feedback, "replay": replay})
     one, two = (
         one.replace(run=replace(one.run, output=str(tmp_path / name))) for name in ("one", "two")

@@ -227,14 +227,15 @@ def in_segments(one: ReplayStepper, text: Text, own: Recording) -> tuple[Tensor,
         written |= {start + j: observer.after(j) for j in range(stop - start)}
     with memory.asked():
         part = one._part_loss(text.asked, memory, {})
-    drawn = one._drawn(text)
+    groups = one._asked_alone(text)
+    drawn = [place for group in groups for place in group]
     assert {block for _, block in drawn} <= {stop - 1 for stop in starts[1:]}
     memory = Memory.for_model(one.base, len(drawn))
     layers = range(len(written[0]))
     memory.begin_with([torch.stack([written[j][i][row] for row, j in drawn]) for i in layers])
     with memory.asked():
         alone = one._part_loss(text.rows.questions([row for row, _ in drawn]), memory, {})
-    return part, alone / one.feedback.asked_blocks
+    return part, alone / len(groups)
 
 
 def test_segments_that_nobody_asks_are_not_gone_back_over(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -250,28 +251,43 @@ def test_segments_that_nobody_asks_are_not_gone_back_over(monkeypatch: pytest.Mo
     monkeypatch.setattr(one._pieces, "back", heard)
     text = one._text(rows(), 0)
     one.run(0, [rows()])
-    ends = {40, *(block for _, block in one._drawn(text))}
-    assert ends != {40} and gone == sorted(gone, reverse=True)
-    assert set(gone) == {end - i for end in ends for i in range(3) if end >= i}
+    ends = {40, *(block for group in one._asked_alone(text) for _, block in group)}
+    assert ends != {40}
+    assert sorted(gone) == sorted(end - i for end in ends for i in range(3) if end >= i)
 
 
-def test_all_segments_are_asked_in_time() -> None:
-    drawn = {"before": [0, 2], "behind": [6, 7, 8], "times": 99}
-    one = stepper(ReplayStepper, recipe(replay=drawn, asked_blocks=1, bptt_blocks=3), Prose())
-    asked = set[int]()
-    for time in range(99):
+def asked_alone(step: int, times: int = 1, **settings: Any) -> list[tuple[int, ...]]:
+    """Of texts of a step with their own block in place 0 or 2, the blocks behind which all are asked."""
+    replay = {"before": [0, 2], "behind": [6, 7, 8], "times": times}
+    one, found = stepper(ReplayStepper, recipe(replay=replay, **settings), Prose()), []
+    one._step = step
+    for time in range(times):
         text = one._text(rows(), time)
-        blocks = {block - text.own for _, block in one._drawn(text)}
-        assert len(blocks) == 1, "alike for all rows"
-        asked |= blocks
-    assert asked == set(range(9))
+        groups = one._asked_alone(text)
+        assert all({row for row, _ in group} == {0, 1} for group in groups)
+        assert all(len({block for _, block in group}) == 1 for group in groups), "alike for all"
+        found.append(tuple(block - text.own for group in groups for _, block in group[:1]))
+    return found
+
+
+def test_the_first_segment_is_always_asked_and_all_others_in_time() -> None:
+    found = asked_alone(0, times=99, asked_blocks=2, bptt_blocks=3)
+    assert all(len(set(places)) == 2 and places[0] < 3 for places in found)
+    assert {place for places in found for place in places[1:]} == set(range(3, 9))
+    assert found != asked_alone(1, times=99, asked_blocks=2, bptt_blocks=3)
+
+
+def test_texts_of_few_segments_are_asked_behind_each() -> None:
+    for places in asked_alone(0, times=9, asked_blocks=9, bptt_blocks=4):
+        assert len(places) == len(set(places)) == -(-(max(places) + 1) // 4)
 
 
 @pytest.mark.parametrize("name", GEOMETRIES)
 def test_recorded_pieces_are_those_that_are_not(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(replaying, "_WIDTH", 2)  # questions begin at several places of such blocks
-    drawn = {"before": [0, 1, 2], "behind": [1, 2, 4], "times": 6}
-    feedback = {"drawn_segments": [0, 1, 2]} if name == "windows" else {"bptt_blocks": 3}
+    drawn = {"before": [0, 1, 2], "behind": [1, 2, 4, 13], "times": 6}
+    feedback: dict[str, Any] = {"drawn_segments": [0, 1, 2]} if name == "windows" else {}
+    feedback |= {"bptt_blocks": 3} if name in ("windows", "several", "rms") else {}
     made = recipe(fam=GEOMETRIES[name], replay=drawn, asked_blocks=2, **feedback)
     plain, ours = (recorded(made, monkeypatch, is_it) for is_it in (False, True))
     for step in (1, 2, 4):  # which draw 0, 2 and 1 past blocks
@@ -346,12 +362,13 @@ def test_a_row_whose_gradient_grows_is_cut_alone() -> None:
     assert any(gradient.any() for gradient in found.values())
 
 
-def test_a_limit_that_nothing_reaches_changes_nothing() -> None:
+@pytest.mark.parametrize("segments", [0, 1, 4])
+def test_a_limit_that_nothing_reaches_changes_nothing(segments: int) -> None:
     runs = []
     for max_growth in (0.0, 1e6):
-        one = stepper(
-            ReplayStepper, recipe(replay={"max_growth": max_growth}, asked_blocks=2), Prose()
-        )
+        drawn = {"max_growth": max_growth, "behind": [9]}
+        made = recipe(replay=drawn, asked_blocks=2, bptt_blocks=segments)
+        one = stepper(ReplayStepper, made, Prose())
         one.run(0, [rows()])
         runs.append(gradients(one.base))
     assert_same(*runs)
@@ -505,6 +522,8 @@ def test_a_run_that_goes_on_is_one_that_was_not_stopped(tmp_path: Path) -> None:
         ({"feedback": {"state_passing": 0.5}}, "state_passing"),
         ({"feedback": {"position_offset": 0.5}}, "position_offset"),
         ({"feedback": {"bptt_blocks": 2}, "fam": {"previous_fams": 3}}, "at least as many, not 2"),
+        ({"feedback": {"bptt_blocks": 2}}, "set feedback.asked_blocks"),
+        ({"feedback": {"bptt_blocks": 2, "asked_blocks": 2}, "replay": {"before": [2]}}, "smaller"),
         ({"replay": {"behind": []}}, "behind"),
         ({"replay": {"before": [-1]}}, "before"),
         ({"replay": {"times": 0}}, "times"),

@@ -57,7 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="TOKENS",
         type=options.whole(1),
         default=2048,
-        help="read no more than the first so many tokens (default: %(default)s)",
+        help="read no more than this many tokens (default: %(default)s)",
     )
     parser.add_argument(
         "--layers",

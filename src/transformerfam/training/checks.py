@@ -231,7 +231,7 @@ def _check_feedback(recipe: Recipe) -> None:
     probability("feedback", feedback, "position_offset")
     above_zero("feedback", feedback, ["position_offset_limit", "bias_power"])
     refuse_unless(
-        feedback.bptt_blocks != 1 or not fam.has_feedback,
+        feedback.bptt_blocks != 1 or not fam.has_feedback or recipe.replay.blocks > 0,
         "feedback.bptt_blocks=1 teaches FAM nothing, since what one block writes is read in the next; "
         "take 2 or more, or 0 for all.",
     )

@@ -9,14 +9,14 @@ is asked, behind the beginning of one more block. With other prose, several time
 That prose is not what would have been read behind the row's first block: it stood in other texts.
 
 With `bptt_blocks` a text is cut, from its end on, into segments of so many blocks, over which gradients
-go back and no further. Questions then stand at the ends of segments, and of segments that nobody asks
-only F is led over. So what a text of hundreds of blocks costs is little more than leading F over it.
+go back and no further. Questions then stand at the ends of segments; over those that nobody asks, F is
+only led, and not kept. So a text of hundreds of blocks costs little more than leading F over it.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,14 +58,15 @@ class Led:
     Attributes:
         text: where it went.
         own: what the rows' own blocks left.
-        fams: F after each block, (n, L, R, N, d).
-        gradients: of each of them.
+        fams: F after blocks by their number, (L, R, N, d) each: after those that are gone back over,
+            and before the first of them.
+        gradients: of F after each block that is gone back over.
     """
 
     text: Text
     own: Recording
-    fams: Tensor
-    gradients: Tensor
+    fams: Mapping[int, Tensor]
+    gradients: Mapping[int, Tensor]
 
 
 @dataclass(frozen=True)
@@ -98,11 +99,10 @@ class Text:
         return (self.place + block) % count
 
     def ends(self, size: int) -> range:
-        """The last blocks of segments of `size` blocks, from that on in which all has been told.
+        """The last blocks of segments of `size` blocks, from that on in which all is told.
 
-        The last segment ends with the text; 0: every block ends one.
+        The last segment ends with the text; the first may be shorter.
         """
-        size = size or 1
         return range(self.own + (self.blocks - 1 - self.own) % size, self.blocks, size)
 
     def tokens(self, block_size: int) -> int:
@@ -122,9 +122,9 @@ def _plays_graphs(accelerator: Any, recipe: Recipe) -> bool:
 
 
 def _norms(gradients: Tensor) -> Tensor:
-    """(.., R): the norm of each row of (.., L, R, N, d)."""
+    """(R,): the norm of each row of (L, R, N, d)."""
     wide = torch.promote_types(gradients.dtype, torch.float32)
-    return torch.linalg.vector_norm(gradients, dim=(-4, -2, -1), dtype=wide)
+    return torch.linalg.vector_norm(gradients, dim=(0, 2, 3), dtype=wide)
 
 
 def _cut(gradient: Tensor, most: Tensor) -> None:
@@ -251,51 +251,54 @@ class ReplayStepper(Stepper):
 
     def _replayed(self, text: Text, own: Recording, share: float) -> float:
         """The loss of a text, whose gradients times `share` are added to those of the parameters."""
-        fams = self._lead(text, own)
-        led, rows = Led(text, own, fams, torch.zeros_like(fams)), len(text.rows.fresh)
-        summed = 0.0
+        alone = self._asked_alone(text)
+        segments = self._segments(text, alone)
+        led, rows, summed = self._lead(text, own, segments), len(text.rows.fresh), 0.0
         self._said = torch.zeros(2, rows, dtype=torch.bool)
         for part in self._in_turn(rows, self.base.fam_config.memory_segments):
             summed += self._ask(led, part, share)
         self._count()
-        drawn = self._drawn(text)
-        self._ask_fam_alone(led, drawn, share)
-        self._lead_back(led, {text.blocks - 1, *(block for _, block in drawn)})
+        for group in alone:
+            for part in self._in_turn(len(group), 0):
+                each = len(alone) if self.feedback.bptt_blocks else self.feedback.asked_blocks
+                self._ask_fam_alone(led, group[part], share / each)
+        self._lead_back(led, segments)
         return summed
 
-    def _lead_back(self, led: Led, ends: set[int]) -> None:
-        """Gradients of F from the ends of some segments back to their first blocks."""
-        text, growth = led.text, self.recipe.replay.max_growth
-        most = growth * _norms(led.gradients).amax(0) if growth else None
-        for segment in self._segments(text, ends):
-            for j in segment:
-                self._same_chance(text, j)
-                before, block = led.fams[j - 1] if j else None, self._block(text, led.own, j)
-                found = self._pieces.back(before, block, len(text.rows.fresh), j, led.gradients[j])
-                if found is None or j == segment[-1]:
-                    continue
-                led.gradients[j - 1] += found
-                if most is not None:
-                    _cut(led.gradients[j - 1], most)
-
-    def _segments(self, text: Text, ends: set[int]) -> list[range]:
-        """The blocks of segments, each and all from the last to the first."""
+    def _segments(self, text: Text, alone: Iterable[Iterable[tuple[int, int]]]) -> list[range]:
+        """The segments that are asked, each from its last block back to its first."""
         size = self.feedback.bptt_blocks
         if not size:
             return [range(text.blocks - 1, -1, -1)]
-        return [range(end, max(-1, end - size), -1) for end in sorted(ends, reverse=True)]
+        ends = {text.blocks - 1, *(block for group in alone for _, block in group)}
+        return [range(end, max(-1, end - size), -1) for end in ends]
 
-    def _lead(self, text: Text, own: Recording) -> Tensor:
-        """F after each block, (n, L, R, N, d)."""
-        fams = torch.empty(0)
+    def _lead(self, text: Text, own: Recording, segments: Sequence[range]) -> Led:
+        """F over all blocks; kept where segments are to be gone back over."""
+        kept = {place for segment in segments for j in segment for place in (j - 1, j)}
+        fams, fam = dict[int, Tensor](), None
         for j in range(text.blocks):
             self._same_chance(text, j)
-            before, block = fams[j - 1] if j else None, self._block(text, own, j)
-            after = self._pieces.lead(before, block, len(text.rows.fresh), j)
-            if not j:
-                fams = after.new_empty(text.blocks, *after.shape)
-            fams[j] = after
-        return fams
+            fam = self._pieces.lead(fam, self._block(text, own, j), len(text.rows.fresh), j)
+            if j in kept:
+                fams[j] = fam.clone()  # a recording has one place for all
+        gradients = {j: torch.zeros_like(fams[j]) for segment in segments for j in segment}
+        return Led(text, own, fams, gradients)
+
+    def _lead_back(self, led: Led, segments: Iterable[range]) -> None:
+        """The gradients of F after the blocks of segments, back over each of them."""
+        text, growth = led.text, self.recipe.replay.max_growth
+        norms = [_norms(gradient) for gradient in led.gradients.values()] if growth else []
+        most = growth * torch.stack(norms).amax(0) if growth else None
+        for segment in segments:
+            for j in segment:
+                self._same_chance(text, j)
+                block, rows = self._block(text, led.own, j), len(text.rows.fresh)
+                found = self._pieces.back(led.fams.get(j - 1), block, rows, j, led.gradients[j])
+                if found is not None and j > segment[-1]:
+                    led.gradients[j - 1].add_(found)
+                    if most is not None:
+                        _cut(led.gradients[j - 1], most)
 
     def _same_chance(self, text: Text, block: int) -> None:
         """Dropout there is dropout back."""
@@ -320,10 +323,10 @@ class ReplayStepper(Stepper):
         kept = max((config.past_length or 0) // config.block_size, previous)
         seen = range(max(0, text.blocks - kept), text.blocks + 1)
         blocks = [self._block(text, own, j) for j in seen]
-        newest = slice(max(0, text.blocks - previous), None)
+        newest = range(max(0, text.blocks - previous), text.blocks)
         asked = text.asked.rows(rows).to(self.accelerator.device)
         found = self._pieces.ask(
-            led.fams[newest, :, rows],
+            torch.stack([led.fams[j][:, rows] for j in newest]),
             blocks,
             own.anchors,
             behind=text.blocks,
@@ -331,47 +334,39 @@ class ReplayStepper(Stepper):
             columns=self._columns(asked),
             share=share,
         )
-        led.gradients[newest, :, rows] += found.gradient
+        for i, j in enumerate(newest):
+            led.gradients[j][:, rows] += found.gradient[i]
         self._said[:, rows] = found.said
         return found.loss
 
-    def _drawn(self, text: Text) -> list[tuple[int, int]]:
-        """Rows, and blocks behind which they are asked of FAM alone; all has been told by then."""
+    def _asked_alone(self, text: Text) -> list[list[tuple[int, int]]]:
+        """Rows, and blocks behind which they are asked of FAM alone; in groups, each asked at once."""
         count, size = self.feedback.asked_blocks, self.feedback.bptt_blocks
+        rows = range(len(text.rows.fresh))
         if not count:
             return []
-        ends, every = text.ends(size), range(len(text.rows.fresh))
         if not size:
-            return [
-                (row, block)
-                for row in every
-                for block in self._draw(ends, text.rows.inputs[row], text.time)
-            ]
-        # The same ones for all rows, so that few segments are gone back over.
+            ids, told = text.rows.inputs, text.ends(1)
+            return [[(row, j) for row in rows for j in self._draw(told, ids[row], text.time)]]
+        # The same ones for all rows, so that few segments are gone back over; and always the first, in
+        # which what is told is written.
         rng = random.Random(f"{self.recipe.run.seed}/ends/{self._step}/{text.time}")
-        drawn = rng.sample(ends, min(count, len(ends)))
-        return [(row, block) for row in every for block in drawn]
+        first, *others = text.ends(size)
+        ends = [first, *rng.sample(others, min(count - 1, len(others)))]
+        return [[(row, end) for row in rows] for end in ends]
 
-    def _ask_fam_alone(self, led: Led, drawn: Sequence[tuple[int, int]], share: float) -> None:
+    def _ask_fam_alone(self, led: Led, asked: Sequence[tuple[int, int]], share: float) -> None:
         """Ask rows behind blocks, both of which are named, of F alone."""
-        for part in self._in_turn(len(drawn), 0):
-            self._ask_behind(led, drawn[part], share / self.feedback.asked_blocks)
-
-    def _ask_behind(self, led: Led, drawn: Sequence[tuple[int, int]], share: float) -> None:
-        """Ask rows behind blocks, each of which is named, of F alone."""
-        text = led.text
-        asked = self._of_few_widths(text.rows.questions([row for row, _ in drawn]))
-        asked = asked.to(self.accelerator.device)
-        places = tuple(torch.tensor(x, device=led.fams.device) for x in zip(*drawn, strict=True))
-        # (R, n, L, N, d), of which places pick (asked, L, N, d)
-        fams, gradients = (x.permute(2, 0, 1, 3, 4) for x in (led.fams, led.gradients))
+        questions = self._of_few_widths(led.text.rows.questions([row for row, _ in asked]))
+        questions = questions.to(self.accelerator.device)
         segments = self.base.fam_config.memory_segments
-        if asked.inputs.shape[1] <= self.base.fam_config.block_size and self._narrows:
+        if questions.inputs.shape[1] <= self.base.fam_config.block_size and self._narrows:
             self._set_segments(0)  # windows that hold nothing need not be looked at
-        known = fams[places].transpose(0, 1)[None]
-        found = self._pieces.ask_fam_alone(known, asked, self._columns(asked), share)
+        known = torch.stack([led.fams[block][:, row] for row, block in asked], dim=1)[None]
+        found = self._pieces.ask_fam_alone(known, questions, self._columns(questions), share)
         self._set_segments(segments)
-        gradients.index_put_(places, found.gradient[0].transpose(0, 1), accumulate=True)
+        for i, (row, block) in enumerate(asked):
+            led.gradients[block][:, row] += found.gradient[0, :, i]
 
     def _of_few_widths(self, asked: Batch) -> Batch:
         """Questions, filled up to few widths if each is a recording."""

@@ -108,7 +108,7 @@ class SourceSettings:
     )
     asked_prose: int = _setting(
         0,
-        'passkey, facts: with `fam_seen = "asked"` so many tokens before the question see FAM too, and '
+        'passkey, facts: with `fam_seen = "asked"` this many tokens before the question see FAM too, and '
         "they and the question are all that filler_share is about",
     )
 
@@ -178,14 +178,13 @@ class FeedbackSettings:
     bptt_blocks: int = _setting(
         0,
         "gradients reach back this many blocks at most (truncated backpropagation); 0: through all "
-        "blocks of a row in a step. With `replay.blocks`, `asked_blocks` then counts segments of that "
-        "length",
+        "blocks of a row in a step",
     )
     asked_blocks: int = _setting(
         0,
-        'with `fam_seen = "asked"`: ask the question of a text that is made up after so many of its '
-        "blocks too, with FAM alone in view; the blocks are drawn from those by which everything has "
-        "been told",
+        'with `fam_seen = "asked"`: ask the question of a text that is made up behind this many of its '
+        "blocks too, with FAM alone in view; they are drawn from those by which everything has been "
+        "told. With `replay.blocks` and `bptt_blocks`: behind this many segments, the first among them",
     )
     state_passing: float = _setting(
         0.0, "probability that a step starts from the FAM of the step before (random state passing)"
@@ -247,7 +246,7 @@ class ReplaySettings:
     )
     max_growth: float = _setting(
         0.0,
-        "on its way back over blocks a row's gradient of FAM is cut to so many times the largest that a "
+        "on its way back over blocks a row's gradient of FAM is cut to this many times the largest that a "
         "question gives; 0: it is not",
     )
 
@@ -260,7 +259,7 @@ class RunSettings:
     steps: int = _setting(1000, "steps of the optimizer")
     minutes: float = _setting(
         0.0,
-        "end, as after the last step, once training has taken so many minutes in all; 0: no limit",
+        "end, as after the last step, once training has taken this many minutes in all; 0: no limit",
     )
     seed: int = _setting(0, "of everything random: data, new weights, state passing")
     precision: Literal["fp32", "bf16"] = _setting("fp32", "of the computation (autocast)")
@@ -273,7 +272,7 @@ class RunSettings:
         "are filled up to the longest that there may be, and all layers' activations stay in memory",
     )
     checkpoint_every: int = _setting(100, "steps from one checkpoint to the next; 0: none")
-    keep_checkpoints: int = _setting(2, "the newest so many are kept")
+    keep_checkpoints: int = _setting(2, "how many of the newest are kept")
     log_every: int = _setting(1, "steps from one line of metrics.jsonl to the next")
     tensorboard: bool = _setting(True, "write files for TensorBoard, if it is installed")
     explode_at: float = _setting(
@@ -290,7 +289,7 @@ class ProbeSettings:
         "", "files that are not trained on, whose loss is measured; empty: none"
     )
     heldout_tokens: int = _setting(16384, "tokens of each of them, from its start")
-    heldout_rows: int = _setting(8, "at most so many of them")
+    heldout_rows: int = _setting(8, "at most this many of them")
     passkey_lengths: tuple[int, ...] = _setting((), "PassKey is asked at these lengths, in tokens")
     passkey_samples: int = _setting(10, "keys at each length")
     passkey_where: str | float = _setting("start", "as `where` of a passkey source")

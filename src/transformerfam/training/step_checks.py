@@ -43,8 +43,19 @@ def check_replay(recipe: Recipe) -> None:
     )
     refuse_unless(
         not feedback.bptt_blocks or feedback.bptt_blocks >= fam.previous_fams,
-        f"replay.blocks wants the {fam.previous_fams} FAMs that are seen in one segment: "
-        f"feedback.bptt_blocks must be at least as many, not {feedback.bptt_blocks}.",
+        f"With replay.blocks the newest {fam.previous_fams} FAMs, which are seen, must lie in one "
+        f"segment: feedback.bptt_blocks must be at least as many, not {feedback.bptt_blocks}.",
+    )
+    refuse_unless(
+        not feedback.bptt_blocks or feedback.asked_blocks > 0,
+        "Of replayed texts in segments of feedback.bptt_blocks, what writes is taught only where the "
+        "first segment is asked; set feedback.asked_blocks, to 2 or more.",
+    )
+    refuse_unless(
+        not feedback.bptt_blocks or min(replay.before) < feedback.bptt_blocks,
+        "The prompt learns only in segments with the first block of a text, and with "
+        f"feedback.bptt_blocks={feedback.bptt_blocks} none that is asked has it; give replay.before a "
+        "smaller number.",
     )
     wrong = {
         "filler_share without asked_prose": _prose_counts(recipe),
