@@ -108,8 +108,8 @@ class SourceSettings:
     )
     asked_prose: int = _setting(
         0,
-        'passkey, facts: with `fam_seen = "asked"` this many tokens before the question see FAM too, and '
-        "they and the question are all that filler_share is about",
+        'passkey, facts: with `fam_seen = "asked"` this many tokens before the question see FAM too, '
+        "and they and the question are all that filler_share is about",
     )
 
     def described(self, longest: int) -> str:
@@ -246,8 +246,8 @@ class ReplaySettings:
     )
     max_growth: float = _setting(
         0.0,
-        "on its way back over blocks a row's gradient of FAM is cut to this many times the largest that a "
-        "question gives; 0: it is not",
+        "on its way back over blocks a row's gradient of FAM is cut to this many times the largest that "
+        "a question gives; 0: it is not",
     )
 
 
