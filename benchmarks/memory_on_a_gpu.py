@@ -86,7 +86,7 @@ ON_A_GPU = ("model.dtype=bfloat16", "run.precision=bf16", "run.checkpoint_every=
 ASKED, LENGTHS = ("passkey", "passkey-middle"), (5120, 8192, 16384, 32768, 65536)
 SIDE_BY_SIDE = 8
 CHECK = ("run.steps=1", "data.batch_size=2", "data.micro_batch_size=0")
-CHECK_REPLAY = ("replay.blocks=4", "replay.times=1", "replay.before=1", "replay.behind=3")
+CHECK_REPLAY = ("replay.blocks=4", "replay.times=1", "replay.before=1", "replay.behind=7")
 
 
 def recipe(stage: int, args: argparse.Namespace) -> Recipe:

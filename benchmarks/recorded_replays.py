@@ -3,8 +3,9 @@
     .venv/bin/python benchmarks/recorded_replays.py --rows 96 --rows-at-once 32
 
 A model of SmolLM2's shape with random weights and random prose, LoRA of rank 16 and a FAM of 16 slots,
-blocks of 1,024. First prints by how much gradients differ, in float32 and bfloat16; then a line for each
-number of blocks and past blocks, plain and recorded in the same run. Needs a GPU; nothing is downloaded.
+blocks of 1,024. First prints by how much gradients differ, in float32 and bfloat16, through whole texts
+and in segments; then a line for each number of blocks, past blocks and blocks of a segment, plain and
+recorded in the same run. Needs a GPU; nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ from transformerfam.training.recipe import Recipe
 from transformerfam.training.replaying import ReplayStepper
 
 QUESTION = 60
-SHAPES = ((4, 0), (16, 0), (16, 3))  # blocks behind the first, past blocks that questions see
+# Blocks behind the first, past blocks that questions see, blocks of a segment (0: all).
+SHAPES = ((4, 0, 0), (16, 0, 0), (16, 0, 4), (60, 0, 4), (16, 3, 0))
 
 
 class Prose:
@@ -40,8 +42,11 @@ class Prose:
         return [rng.randrange(VOCABULARY) for _ in range(tokens)]
 
 
-def made(layers: int, block_size: int, precision: str, behind: int, at_once: int) -> ReplayStepper:
+def made(
+    layers: int, block_size: int, precision: str, behind: int, at_once: int, segment: int
+) -> ReplayStepper:
     """A stepper over a new model."""
+    feedback = {"bias_steps": 0, "asked_blocks": 2, "bptt_blocks": segment, "drawn_segments": [0]}
     recipe = Recipe.from_dict(
         {
             "fam": {
@@ -55,7 +60,7 @@ def made(layers: int, block_size: int, precision: str, behind: int, at_once: int
             },
             "train": {"rank": 16, "alpha": 32.0},
             "data": {"layout": "single", "length": 2 * block_size, "batch_size": 1},
-            "feedback": {"bias_steps": 0, "asked_blocks": 2, "drawn_segments": [0]},
+            "feedback": feedback,
             "replay": {"blocks": 24, "before": [1], "behind": [behind], "rows_at_once": at_once},
             "run": {"precision": precision, "activation_checkpointing": False, "cuda_graphs": True},
         }
@@ -76,11 +81,11 @@ def batch(rows: int, block_size: int) -> Batch:
     )
 
 
-def difference(precision: str) -> float:
+def difference(precision: str, behind: int, segment: int) -> float:
     """The largest relative difference of a gradient, plain and recorded."""
     found = []
     for recorded in (False, True):
-        stepper = made(layers=3, block_size=128, precision=precision, behind=3, at_once=2)
+        stepper = made(3, 128, precision, behind, 2, segment)
         if not recorded:
             unrecord(stepper)
         found.append(gradients_of_last(stepper, [batch(4, 128)] * 2))
@@ -92,9 +97,9 @@ def unrecord(stepper: ReplayStepper) -> None:
     stepper._pieces = Leading(stepper.accelerator, stepper.inner, stepper.base)
 
 
-def seconds(stepper: ReplayStepper, its: Batch, segments: int, steps: int) -> float:
+def seconds(stepper: ReplayStepper, its: Batch, past: int, steps: int) -> float:
     """Of a step."""
-    feedback = replace(stepper.recipe.feedback, drawn_segments=(segments,))
+    feedback = replace(stepper.recipe.feedback, drawn_segments=(past,))
     stepper.recipe = stepper.recipe.replace(feedback=feedback)
     for step in range(8):  # all places where questions may begin
         stepper.run(step, [its])
@@ -118,21 +123,24 @@ def main() -> None:
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}", flush=True)
     torch.backends.cuda.matmul.allow_tf32 = False
     for precision in ("fp32", "bf16"):
-        found = difference(precision)
-        print(f"{precision}: largest relative difference of a gradient {found:.1e}", flush=True)
+        whole, cut = difference(precision, 3, 0), difference(precision, 9, 2)
+        print(
+            f"{precision}: largest relative difference of a gradient {whole:.1e}, in segments {cut:.1e}",
+            flush=True,
+        )
     its, rows = batch(args.rows, 1024), []
-    for behind, segments in SHAPES:
+    for behind, past, segment in SHAPES:
         torch.cuda.reset_peak_memory_stats()
-        stepper = made(30, 1024, "bf16", behind, args.rows_at_once)
-        recorded = seconds(stepper, its, segments, steps=4)
+        stepper = made(30, 1024, "bf16", behind, args.rows_at_once, segment)
+        recorded = seconds(stepper, its, past, steps=4)
         tokens, peak = stepper.tokens, torch.cuda.max_memory_reserved() / 2**30
         plain = None
         if not args.no_plain:
             unrecord(stepper)
-            plain = seconds(stepper, its, segments, steps=1)
+            plain = seconds(stepper, its, past, steps=1)
         rows.append(
             (
-                f"{behind + 2} blocks, {segments} before those asked",
+                f"{behind + 2} blocks, {past} before those asked, segments of {segment or 'all'}",
                 "" if plain is None else f"{plain:.2f}",
                 f"{recorded:.2f}",
                 "" if plain is None else f"{plain / recorded:.1f}",
