@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 
 import pytest
 from hypothesis import settings
 
+os.environ.pop("TERM", None)  # a dumb one is told of progress in another way
 settings.register_profile("without a clock", deadline=None)
 settings.load_profile("without a clock")
 pytest.register_assert_rewrite("command_line")

@@ -164,8 +164,9 @@ def test_what_generate_made_or_was_given_reads_again_afterwards() -> None:
     }
     assert not model.generate(ids, **more).past_key_values.asking
     assert not model.generate(ids, past_key_values=memory, **more).past_key_values.asking
-    beams = model.generate(ids, past_key_values=Memory.for_model(model), num_beams=2, **more)
-    assert not beams.past_key_values.asking and not memory.asking
+    several = {**more, "do_sample": True, "num_return_sequences": 2}
+    made = model.generate(ids, past_key_values=Memory.for_model(model), **several)
+    assert not made.past_key_values.asking and not memory.asking
     with memory.asked():
         model.generate(ids, past_key_values=memory, **more)
         assert memory.asking

@@ -289,6 +289,37 @@ def test_interrupts_ask_once_and_then_insist(capfd: pytest.CaptureFixture[str]) 
     assert signal.getsignal(signal.SIGINT) is before
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no full device")
+@pytest.mark.parametrize(
+    ("line", "code", "said"),
+    [
+        ("variants > /dev/full", 1, "No space"),
+        ("--version > /dev/full", 1, "No space"),
+        ("--version >&-", 0, ""),
+        ("variants >&-", 0, ""),
+        ("read nowhere.txt 2>&-", 2, ""),
+        ("read nowhere.txt <&- 2>&1", 2, ""),
+    ],
+)
+def test_streams_that_are_full_or_closed(line: str, code: int, said: str) -> None:
+    script = (
+        "import sys; sys.argv[0] = 'fam'; from transformerfam.cli import main; sys.exit(main())"
+    )
+    argv = f'exec "$0" -c "$1" {line}'
+    environment = {name: x for name, x in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    done = subprocess.run(
+        ["sh", "-c", argv, sys.executable, script],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env=environment,
+    )
+    assert done.returncode == code
+    assert said in done.stderr and "Traceback" not in done.stderr and "ignored" not in done.stderr
+    assert done.stderr.count("\n") <= 1
+    assert ("2>&-" in line or "read" not in line) == (not done.stdout or code == 0)
+
+
 @pytest.mark.slow
 def test_a_reader_that_goes_away_ends_it_quietly(
     folder: str, processes: list[subprocess.Popen[bytes]]

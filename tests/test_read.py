@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import math
 import re
 import signal
 import subprocess
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +19,8 @@ from command_line import CONFIG, GEOMETRY, TEXT, Run, loaded, refused, start
 from families import converted
 from test_text import PROSE
 
-from transformerfam import cli, models
+from transformerfam import cli, models, report, stream
+from transformerfam.commands import _session
 from transformerfam.commands._compare import RangeLosses
 from transformerfam.commands.read import EPILOG, Reading
 from transformerfam.config import FamConfig
@@ -104,6 +109,83 @@ def test_continue_wants_the_text_that_was_begun(fam: Run, book: str, tmp_path: P
     assert fam("read", book, "--save", saved)[0] == 0
     Path(book).write_text("Another, shorter.")
     refused(fam("read", book, "--quiet", "--load", saved, "--continue"), "not the text")
+    Path(book).write_text(TEXT.replace("the", "a"))  # as long, and changed
+    refused(fam("read", book, "--quiet", "--load", saved, "--continue"), "not the text")
+    Path(book).write_text(f"{TEXT} And more.")
+    assert fam("read", book, "--load", saved, "--continue", "--save", saved)[0] == 0
+    Path(book).write_text(f"{TEXT} And more. And the rest.")
+    assert fam("read", book, "--load", saved, "--continue", "--save", saved)[0] == 0
+
+
+@pytest.mark.parametrize("command", ["chat", "generate", "read"])
+def test_where_a_text_goes_on_is_not_known_of_a_memory_of_other_things(
+    command: str, fam: Run, book: str, tmp_path: Path
+) -> None:
+    saved, more = str(tmp_path / "book.fam"), str(tmp_path / "more.fam")
+    fam("read", book, "--save", saved, "--max-tokens", "100")
+    given = {"chat": [], "generate": ["Ann"], "read": [book, "--max-tokens", "9"]}[command]
+    new = [] if command == "read" else ["--max-new-tokens", "5"]
+    assert fam(command, *given, "--load", saved, "--save", more, *new, stdin="Who?\n")[0] == 0
+    refused(fam("read", book, "--quiet", "--load", more, "--continue"), "other things")
+
+
+def test_ctrl_c_while_the_place_is_looked_for_says_nothing_of_the_text(
+    fam: Run, book: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved, again = str(tmp_path / "book.fam"), tmp_path / "again.fam"
+    fam("read", book, "--save", saved, "--max-tokens", "300")
+
+    def until(stop: _session.StopOnInterrupt, source: Any) -> Iterator[str]:
+        stop.requested = True
+        return iter(())
+
+    monkeypatch.setattr(_session.StopOnInterrupt, "until", until)
+    options = ["--load", saved, "--continue", "--save", str(again)]
+    code, _, err = fam("read", book, "--quiet", *options)
+    assert (code, err) == (130, "") and not again.exists()
+
+
+def test_whatever_ends_the_reading_what_was_read_is_saved(
+    fam: Run, book: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved, advance, calls = tmp_path / "book.fam", stream._advance, itertools.count()
+
+    def fails(*args: Any, **options: Any) -> Any:
+        if next(calls):
+            raise RuntimeError("out of memory")
+        return advance(*args, **options)
+
+    Path(book).write_text(TEXT * 40)
+    monkeypatch.setattr(stream, "_advance", fails)
+    code, _, err = fam("read", book, "--save", str(saved))
+    assert code == 1 and "out of memory" in err and "are saved in" in err
+    monkeypatch.undo()
+    assert json.loads(fam("info", str(saved), "--json")[1])["position"][0] > 0
+
+
+def test_numbers_that_json_lacks_are_null() -> None:
+    assert [report.finite(x) for x in (1.5, math.nan, math.inf, None)] == [1.5, None, None, None]
+
+
+def test_the_numbers_are_there_whatever_becomes_of_the_answers(
+    fam: Run, book: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def answer(*_: Any, **__: Any) -> Iterator[str]:
+        yield "half"
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("transformerfam.turns.answer", answer)
+    code, out, _ = fam("read", book, "--json", "--ask", "Who?")
+    assert code == 130 and json.loads(out)["answers"] == []
+
+
+def test_a_name_may_be_as_long_as_names_can_be(fam: Run, book: str, tmp_path: Path) -> None:
+    saved = tmp_path / ("ж" * 127)
+    assert fam("read", book, "--save", str(saved))[0] == 0 and saved.is_file()
+    refused(fam("read", book, "--quiet", "--save", str(tmp_path / ("ж" * 128))), "cannot be saved")
+    link = tmp_path / "link.fam"
+    link.symlink_to(tmp_path / "nowhere" / "book.fam")
+    refused(fam("read", book, "--quiet", "--save", str(link)), "there is no folder")
 
 
 def test_questions_are_asked_on_a_copy(fam: Run, folder: str, book: str, tmp_path: Path) -> None:
@@ -248,7 +330,7 @@ def test_a_twin_shares_the_weights_and_nothing_else() -> None:
 def test_what_was_read_is_told_though_the_memory_cannot_be_saved(
     fam: Run, book: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(*_: object) -> None:
+    def full(*_: object, **__: object) -> None:
         raise MemoryFileError("Cannot write the memory: no space left.")
 
     monkeypatch.setattr("transformerfam.memory_file.save_memory", full)

@@ -72,6 +72,15 @@ def test_on_a_terminal_one_line_is_written_over(monkeypatch: pytest.MonkeyPatch)
     assert screen.getvalue().split(clear) == expected
 
 
+def test_a_dumb_terminal_gets_lines_as_a_log_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "dumb")
+    screen = Terminal()
+    progress = report.Progress(stream=screen)
+    progress.passing("loading ...")
+    progress.update("10 tokens", now=True)
+    assert screen.getvalue() == "10 tokens\n"
+
+
 def test_in_a_log_lines_come_now_and_then() -> None:
     log = io.StringIO()
     progress = report.Progress(stream=log, interval=1000)

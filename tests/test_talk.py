@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from command_line import Run, loaded, refused
+from test_text import PROSE
 
 from transformerfam import cli, stream
 from transformerfam.commands.chat import Chat
@@ -46,6 +47,13 @@ def test_generate_refuses(fam: Run, tmp_path: Path) -> None:
     refused(fam("generate"), "PROMPT")
     refused(fam("generate", "-"), "empty")
     refused(fam("generate", "Ann", "--top-p", "0"), "top_p")
+
+
+def test_generate_saves_what_it_read_before_a_bad_byte(fam: Run, tmp_path: Path) -> None:
+    saved, prompt = tmp_path / "made.fam", PROSE * 400 + "\0"
+    refused(fam("generate", "-", "--quiet", "--save", str(saved), stdin=prompt), "NUL")
+    assert json.loads(fam("info", str(saved), "--json")[1])["position"][0] > 1000
+    assert fam("generate", "-", "--lenient", "--max-new-tokens", "2", stdin=prompt)[0] == 0
 
 
 # ---- chat
@@ -97,6 +105,32 @@ def test_a_saved_conversation_goes_on_where_it_stopped(fam: Run, tmp_path: Path)
     assert first + rest == whole
     assert anew != rest
     refused(fam("chat", *options, "--continue"), "--load")
+
+
+def test_a_chat_in_which_nothing_is_said_leaves_an_older_one_alone(
+    fam: Run, book: str, tmp_path: Path
+) -> None:
+    saved, talk = str(tmp_path / "book.fam"), tmp_path / "talk.fam"
+    fam("read", book, "--save", saved)
+    fam("chat", "--load", saved, "--save", str(talk), stdin="Who is Ann?\n")
+    before = talk.read_bytes()
+    for stdin in ("", "/info\n/quit\n", "/what\n"):
+        code, _, err = fam("chat", "--load", saved, "--save", str(talk), stdin=stdin)
+        assert code == 0 and "Nothing was said" in err
+        assert talk.read_bytes() == before
+    assert "saved" in fam("chat", "--save", str(talk), stdin="/reset\n")[2]
+    assert talk.read_bytes() != before
+
+
+def test_commands_in_a_chat_know_the_home_folder_and_survive_any_name(
+    fam: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    lines = ["Who?", f"/save {'x' * 300}", "/save ~/talk.fam", "/load ~/talk.fam", "Why?"]
+    code, out, err = fam("chat", "--max-new-tokens", "5", stdin="\n".join(lines))
+    assert code == 0 and out
+    assert "cannot be saved" in err and "loaded" in err
+    assert (tmp_path / "talk.fam").exists()
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, BrokenPipeError])

@@ -250,6 +250,18 @@ def test_what_is_no_text_is_told_in_a_sentence(
     assert str(caught.value).endswith(".")
 
 
+@pytest.mark.parametrize("lenient", [False, True])
+def test_a_mark_of_byte_order_is_no_text_however_it_arrives(lenient: bool, tmp_path: Path) -> None:
+    path = tmp_path / "marked"
+    for content in (b"\xef\xbb\xbfHello", b"Hello"):
+        path.write_bytes(content)
+        for cut in range(len(content)):
+            parts = iter([content[:cut], content[cut:], b""] if cut else [content, b""])
+            with TextSource(str(path), lenient=lenient) as source:
+                source._first, source._take = None, parts.__next__  # type: ignore[method-assign]
+                assert "".join(source) == "Hello"
+
+
 def test_lenient_reads_on_over_bad_bytes(tmp_path: Path) -> None:
     path = write(tmp_path / "log", b"caf\xe9 \0 end\xe2\x82")
     with TextSource(path, lenient=True) as source:

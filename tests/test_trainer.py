@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import errno
 import itertools
 import json
 import math
@@ -23,6 +24,7 @@ from transformerfam.data.rows import Source
 from transformerfam.errors import UserError
 from transformerfam.training import adaptation, checkpoint
 from transformerfam.training.checkpoint import changed_setting
+from transformerfam.training.journal import Journal
 from transformerfam.training.recipe import Recipe, find
 from transformerfam.training.trainer import Trained, Trainer, TrainingStopped, make_accelerator
 
@@ -366,7 +368,9 @@ def test_a_checkpoint_that_was_not_finished_is_not_there(
     with pytest.raises(KeyboardInterrupt):
         run(made)
     monkeypatch.undo()
-    assert checkpoints(tmp_path / "broken") == [".step-00000004.writing", "step-00000002"]
+    assert checkpoints(tmp_path / "broken") == ["step-00000002"], "what was begun is gone"
+    left = tmp_path / "broken" / "checkpoints" / ".step-00000004.writing"
+    left.mkdir()  # by a process that was killed
     rest = run(made, resume=True)
     assert rest.losses == run(recipe(tmp_path / "whole")).losses[2:]
     assert checkpoints(tmp_path / "broken") == ["step-00000004", "step-00000005"]
@@ -575,6 +579,46 @@ def test_probes_measure_when_they_should_and_training_goes_on_in_training_mode(
     assert "### steps" in (tmp_path / "README.md").read_text()
     # Measuring changes nothing.
     assert trained.losses == run(recipe(train=DROPOUT)).losses
+
+
+def test_what_was_learned_is_written_whatever_becomes_of_measuring(tmp_path: Path) -> None:
+    class Failing(Steps):
+        def __call__(self, model: Any) -> dict[str, float]:
+            raise MemoryError("no memory left")
+
+    made = recipe(tmp_path / "broken")
+    with pytest.raises(MemoryError):
+        run(made, probes=[Failing()])
+    assert (tmp_path / "broken" / "adapter_model.safetensors").exists()
+    rest = run(made, resume=True, probes=[Steps()])
+    assert not rest.losses and rest.results
+    assert_identical(weights(rest.model), weights(run(recipe(tmp_path / "whole")).model))
+
+
+def test_a_full_disk_costs_the_checkpoint_and_not_the_adapter(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "_write", full)
+    with pytest.raises(OSError, match="No space"):
+        run(recipe(tmp_path, run={"checkpoint_every": STEPS}))
+    assert (tmp_path / "adapter_model.safetensors").exists()
+    assert checkpoints(tmp_path) == []
+
+
+def test_a_card_may_name_a_file_whose_name_is_no_text(tmp_path: Path) -> None:
+    run(recipe(tmp_path / "caf\udce9"))
+    assert "\\udce9" in (tmp_path / "caf\udce9" / "README.md").read_text()
+
+
+def test_one_run_at_a_time_writes_to_a_folder(tmp_path: Path) -> None:
+    first = Journal(tmp_path, steps=4, quiet=True, tensorboard=False)
+    with pytest.raises(UserError, match="Another run writes to"):
+        run(recipe(tmp_path))
+    first.close()
+    run(recipe(tmp_path))
 
 
 def test_precision_may_differ_from_run_to_run_in_one_process() -> None:

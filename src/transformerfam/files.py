@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import secrets
 import stat
-from collections.abc import Iterator
-from contextlib import contextmanager
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 
 
@@ -18,7 +20,8 @@ def whole_file(path: str | os.PathLike[str]) -> Iterator[Path]:
     OSError as writing does.
     """
     target = Path(os.path.realpath(path))
-    temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}")
+    # Not with the target's name in it, which may be as long as a name can be.
+    temporary = target.with_name(f".{secrets.token_hex(8)}.part")
     os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
     try:
         mode = stat.S_IMODE((target if target.is_file() else temporary).stat().st_mode)
@@ -30,6 +33,42 @@ def whole_file(path: str | os.PathLike[str]) -> Iterator[Path]:
         temporary.replace(target)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def check_writable(path: str | os.PathLike[str]) -> None:
+    """Try whether `whole_file` can write there, before there is something to lose.
+
+    Raises:
+        OSError: if it cannot.
+    """
+    target = Path(os.path.realpath(path))
+    with suppress(FileNotFoundError):
+        target.stat()
+    with tempfile.TemporaryFile(dir=target.parent):
+        pass
+
+
+def hold(folder: str | os.PathLike[str]) -> Callable[[], None]:
+    """Keep other processes out of a folder, until what is returned is called.
+
+    Where the system or the file system has no locks, nobody is kept out.
+
+    Raises:
+        BlockingIOError: if another is in it.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return lambda: None
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(handle)
+        raise
+    except OSError:
+        pass
+    return partial(os.close, handle)
 
 
 def append_line(path: str | os.PathLike[str], line: str) -> None:

@@ -132,6 +132,12 @@ class LayerMemory:
         """Keys and values, all W slots."""
         return KeyValue(self.keys, self.values)
 
+    def without_oldest(self, count: int) -> LayerMemory:
+        """The same without so many of the oldest slots of the past."""
+        if not count:
+            return self
+        return self.with_tokens(self.tokens.map(lambda x: x[:, :, count:].clone()))
+
     def map(self, change: Callable[[Tensor], Tensor]) -> LayerMemory:
         """Every tensor passed through `change`."""
         return self.from_tensors({name: change(tensor) for name, tensor in self.named_tensors()})

@@ -184,6 +184,9 @@ class Memory(Cache):
         Args:
             prefix: each layer's (1, N, d), with which rows begin that were passed nothing.
         """
+        if self.passed_fams is not None and not torch.is_inference_mode_enabled():
+            # Inference tensors cannot be saved for backward.
+            self.passed_fams = tuple(f.clone() if f.is_inference() else f for f in self.passed_fams)
         if prefix is None:
             return self.passed_fams, self.passed
         if self.passed_fams is None:
@@ -227,6 +230,8 @@ class Memory(Cache):
         new.next_logits = None
         if not any(passed):
             new.passed_fams = None
+        if not any(stays):
+            new.written = None
         return new
 
     def fork(self) -> Memory:
@@ -265,7 +270,10 @@ class Memory(Cache):
     ) -> Memory:
         new = Memory(self.config, len(position), len(self.layers_memory))
         new.position = position
-        new.layers_memory = [None if m is None else m.map(change) for m in self.layers_memory]
+        spare = self._spare_past(position)
+        new.layers_memory = [
+            None if m is None else m.map(change).without_oldest(spare) for m in self.layers_memory
+        ]
         new.next_logits = None if self.next_logits is None else change(self.next_logits)
         new.written = None if self.written is None else change(self.written)
         new.passed, new.offset, new.asking = passed, self.offset, self.asking
@@ -273,13 +281,21 @@ class Memory(Cache):
             new.passed_fams = tuple(change(f) for f in self.passed_fams)
         return new
 
+    def _spare_past(self, position: tuple[int, ...]) -> int:
+        """How much of a kept past that grows none of the rows at these places has filled."""
+        if self.config.past_length is not None or self.config.through_stack:
+            return 0
+        B = self.config.block_size
+        return max(0, self.past_length - max(position, default=0) // B * B)
+
     def __copy__(self) -> Memory:
         """Not a second name for the same tensors, which are filled in place."""
         return self.fork()
 
     def undo(self) -> Callable[[], None]:
         """A function that puts the memory back to where it is now. Costs nothing."""
-        names = ("position", "layers_memory", "next_logits", "passed_fams", "written")
+        names = ["position", "layers_memory", "next_logits", "written"]
+        names += ["passed", "passed_fams", "offset"]
         before = {name: getattr(self, name) for name in names}
 
         def put_back() -> None:

@@ -78,8 +78,21 @@ def _sum_of_bits(flat: Tensor) -> int:
     return int(raw[:whole].view(torch.int64).sum()) + int(raw[whole:].sum())
 
 
-def save_memory(memory: Memory, path: str | os.PathLike[str], model: PreTrainedModel) -> None:
+def save_memory(
+    memory: Memory,
+    path: str | os.PathLike[str],
+    model: PreTrainedModel,
+    *,
+    text: str | None = None,
+) -> None:
     """Write `memory`, which `model` made, to `path`: beside it first, then renamed.
+
+    Args:
+        memory: what to write.
+        path: where to.
+        model: that made it.
+        text: a fingerprint of the one text that it has read, by which to find where that goes on;
+            empty: it has read other things too; None: nobody knows.
 
     Raises:
         MemoryFileError: if the file cannot be written, or the model did not make the memory; what
@@ -104,6 +117,8 @@ def save_memory(memory: Memory, path: str | os.PathLike[str], model: PreTrainedM
     }
     if memory.passed_fams is not None:
         raise MemoryFileError("This memory has read nothing since it was passed; read something.")
+    if text is not None:
+        header["text"] = text
     if any(memory.passed) or memory.offset:
         header["start"] = json.dumps({"passed": list(memory.passed), "offset": memory.offset})
     header["checksum"] = _checksum(header, tensors)

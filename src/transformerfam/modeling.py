@@ -334,10 +334,10 @@ class FamForCausalLM:
     def generate(self, *args: Any, past_key_values: Any = None, **kwargs: Any) -> Any:
         """As in transformers; what is given and said counts as asked (`FamConfig.fam_seen`).
 
-        A memory that is given is advanced, unless several continuations are made of each row
-        (`num_beams`, `num_return_sequences`): these go on from copies, which
-        `return_dict_in_generate=True` hands out as `past_key_values`. If anything fails or is
-        interrupted on the way, the memory is where it was.
+        A memory that is given is advanced, unless several continuations are made of each row: these go
+        on from copies. `return_dict_in_generate=True` hands out those of `num_return_sequences` as
+        `past_key_values`; of a search with `num_beams`, which ends with other beams than it returns,
+        there are none. If anything fails or is interrupted on the way, the memory is where it was.
         """
         if past_key_values is not None:
             kwargs["past_key_values"] = past_key_values
@@ -346,6 +346,8 @@ class FamForCausalLM:
         with nullcontext() if given is None else given.asked():
             output = super().generate(*args, **kwargs)  # type: ignore[misc]
         made = getattr(output, "past_key_values", None)
+        if hasattr(output, "beam_indices"):
+            output.past_key_values = None
         if isinstance(made, Memory):  # maybe a copy, or one that was made here
             made.asking = asking
         return output

@@ -91,7 +91,10 @@ class Segments:
         layers = [layer for layer in self.layers if layer is not None]
         assert len(layers) == len(self.layers), "a layer did not run"
         counts = [self.position - position for position in memory.position]
-        memory.advance(layers, counts, written=self.written)
+        written = self.written
+        if written is not None and not torch.is_grad_enabled():
+            written = written.detach()
+        memory.advance(layers, counts, written=written)
 
     def _parts(self, tokens: Tensor) -> Iterator[Tensor]:
         """Cut where blocks end."""

@@ -92,7 +92,8 @@ class _Recorder:
     def __call__(self, seen: Attended | Read | Written) -> None:
         if isinstance(seen, Read):
             self.tokens.append(seen.tokens)
-            self.anchors.append(seen.anchors)
+            # Not a view, which would keep all of a memory.
+            self.anchors.append(seen.anchors.map(Tensor.clone))
 
 
 def replay(model: Any, given: ReadBefore, memory: Memory, **options: Any) -> None:
@@ -112,6 +113,10 @@ def replay(model: Any, given: ReadBefore, memory: Memory, **options: Any) -> Non
             another kind of memory; or if the memory is inside a block.
     """
     _check(model.fam_config, memory)
+    if given.fams is not None and model.fam_config.is_static:
+        raise ValueError(
+            "With fam_query='static' a stream keeps more than F, and cannot be given F alone."
+        )
     decoder = decoder_of(model)
     embeddings = decoder.get_input_embeddings().weight
     # A layer is entered by one row of zeros for each stream, in the place of its tokens.

@@ -57,6 +57,11 @@ def perplexity(nats: float) -> float:
     return math.exp(nats) if nats < 700 else math.inf
 
 
+def finite(number: float | None) -> float | None:
+    """A number that JSON has; None for one that it has not."""
+    return number if number is not None and math.isfinite(number) else None
+
+
 def bits_per_byte(nats: float, nbytes: float) -> float:
     """Of a text, or a part of one, that took so many nats in all."""
     return nats / math.log(2) / max(1.0, nbytes)
@@ -127,7 +132,9 @@ class Progress:
         self, *, quiet: bool = False, stream: TextIO | None = None, interval: float = 10.0
     ) -> None:
         self._stream = sys.stderr if stream is None else stream
-        self.terminal = self._stream.isatty() and not quiet
+        # A dumb terminal cannot write over a line.
+        dumb = os.environ.get("TERM") == "dumb"
+        self.terminal = self._stream.isatty() and not quiet and not dumb
         self._quiet = quiet
         self._interval = self._TERMINAL_INTERVAL if self.terminal else interval
         self._last = -math.inf

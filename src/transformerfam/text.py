@@ -82,13 +82,13 @@ class TextSource:
             self._file.close()
 
     def __iter__(self) -> Iterator[str]:
-        start = 0  # bytes decoded so far
+        start, begun = 0, False  # bytes decoded so far; whether there was any text
         data = self._first if self._first is not None else self._take()
         self._first = None
         while True:
             text, problem = self._decode(data, start)
-            if start == 0:
-                text = text.removeprefix("\ufeff")
+            if text and not begun:
+                text, begun = text.removeprefix("\ufeff"), True
             if text:
                 yield text
             if problem is not None:

@@ -6,7 +6,6 @@ import argparse
 import json
 import os
 import signal
-import tempfile
 import threading
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
@@ -19,6 +18,7 @@ from transformerfam.commands._options import changed, geometry_changes
 from transformerfam.config import FamConfig
 from transformerfam.embedded import SHIPPED
 from transformerfam.errors import UserError, reason_of
+from transformerfam.files import check_writable
 from transformerfam.report import Progress
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ def open_session(args: argparse.Namespace, progress: Progress) -> Session:
     from transformerfam.memory import Memory
 
     logging.set_verbosity_error()
-    _check_device(args.device)
+    check_device(args.device)
     adapter = adapter_of(args, saved)
     model, tokenizer = models.load(name, dtype=args.dtype, device=args.device, adapter=adapter)
     config = changed(saved or model.fam_config, geometry_changes(args))
@@ -106,7 +106,12 @@ def untrained_remark(config: FamConfig, trained: bool) -> str:
     )
 
 
-def _check_device(name: str | None) -> None:
+def check_device(name: str | None) -> None:
+    """Refuse a device that is not there.
+
+    Raises:
+        UserError: why.
+    """
     import torch
 
     try:
@@ -118,7 +123,7 @@ def _check_device(name: str | None) -> None:
 
 def shown_name(model: Any, name: str) -> str:
     """What to call a model in a report: the last part of a path, the whole of any other name."""
-    return Path(name).name if Path(name).exists() else name
+    return Path(name).name if os.path.exists(name) else name
 
 
 # ---- memories in files
@@ -132,8 +137,10 @@ def saved_config(path: str) -> FamConfig | None:
     """
     from transformerfam.memory_file import memory_header
 
-    if not Path(path).exists():
+    if not os.path.exists(path):
         raise UserError(f"There is no memory file {path}.")
+    if os.path.isdir(path):
+        raise UserError(f"{path} is a folder; name the file of a memory.")
     try:
         return FamConfig.from_dict(json.loads((memory_header(path) or {})["config"]))
     except (KeyError, TypeError, ValueError):
@@ -150,22 +157,30 @@ def check_can_save(path: str | None) -> None:
         return
     from transformerfam.memory_file import memory_header
 
-    target = Path(path)
-    if target.is_dir():
+    if os.path.isdir(path):
         raise UserError(f"{path} is a folder; name a file for the memory.")
-    if target.exists() and memory_header(target) is None:
+    if os.path.exists(path) and memory_header(path) is None:
         raise UserError(
             f"{path} exists and is not a saved memory, so it is not overwritten; name another file."
         )
+    check_place(path, "The memory cannot be saved to")
+
+
+def check_place(path: str, cannot: str = "There can be no file") -> None:
+    """Refuse a place that cannot be written to, before the work is done.
+
+    Raises:
+        UserError: a sentence that begins with `cannot`.
+    """
+    if os.path.isdir(path):
+        raise UserError(f"{path} is a folder; name a file.")
     try:
-        with tempfile.TemporaryFile(prefix=f".{target.name}.", dir=target.parent):
-            pass
+        check_writable(path)
     except FileNotFoundError:
-        raise UserError(
-            f"The memory cannot be saved to {path}: there is no folder {target.parent}."
-        ) from None
+        folder = Path(os.path.realpath(path)).parent
+        raise UserError(f"{cannot} {path}: there is no folder {folder}.") from None
     except OSError as error:
-        raise UserError(f"The memory cannot be saved to {path}: {reason_of(error)}.") from None
+        raise UserError(f"{cannot} {path}: {reason_of(error)}.") from None
 
 
 # ---- Ctrl-C

@@ -62,9 +62,11 @@ def run(args: argparse.Namespace) -> int:
     import torch
 
     from transformerfam import benchmark, models
+    from transformerfam.commands._session import check_device
 
     if args.threads:
         torch.set_num_threads(args.threads)
+    check_device(args.device)
     progress = report.Progress(quiet=args.json)
     model, _ = models.load(
         args.model or models.EMBEDDED, dtype=args.dtype, device=args.device, adapter=args.adapter

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -68,6 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Open the model and talk."""
     from transformerfam.commands import _session
+    from transformerfam.memory_file import save_memory
     from transformerfam.turns import Turns
 
     if args.continues and (not args.load or args.system is not None):
@@ -89,9 +91,11 @@ def run(args: argparse.Namespace) -> int:
         print()
         return _session.INTERRUPTED
     finally:  # whatever ends it, the turns before are kept
-        if args.save:
-            session.memory.save(args.save, session.model)
+        if args.save and chat.changed:
+            save_memory(session.memory, args.save, session.model, text="")
             progress.note(f"saved {args.save}")
+        elif args.save:  # an older conversation may be there
+            progress.note(f"Nothing was said, and {args.save} was not written.")
 
 
 class Chat:
@@ -110,6 +114,7 @@ class Chat:
         self.terminal = sys.stdin is not None and sys.stdin.isatty()
         # Whether the next turn begins a conversation; what was read before is then a text.
         self.first = True
+        self.changed = False  # the memory, since the start
         self._commands: dict[str, Callable[[str], None]] = {
             "/save": self._save,
             "/load": self._load,
@@ -174,7 +179,7 @@ class Chat:
         except BaseException:
             forget_the_turn()  # half a turn is none
             raise
-        self.first = False
+        self.first, self.changed = False, True
         print("\n", flush=True)
 
     # ---- commands
@@ -185,16 +190,18 @@ class Chat:
             return
         try:
             self._commands[word](rest)
-        except (UserError, ValueError) as error:
+        except (UserError, ValueError, OSError) as error:
             self._say(str(error))
 
     def _save(self, path: str) -> None:
         from transformerfam.commands._session import check_can_save
+        from transformerfam.memory_file import save_memory
 
         if not path:
             raise UserError("/save needs the name of a file.")
+        path = os.path.expanduser(path)  # no shell has done it
         check_can_save(path)
-        self.session.memory.save(path, self.session.model)
+        save_memory(self.session.memory, path, self.session.model, text="")
         self._say(f"saved {path} ({report.size(Path(path).stat().st_size)})")
 
     def _load(self, path: str) -> None:
@@ -202,14 +209,15 @@ class Chat:
 
         if not path:
             raise UserError("/load needs the name of a file.")
-        self.session.memory = Memory.load(path, self.session.model)
-        self.first = self.session.memory.position[0] == 0
+        self.session.memory = Memory.load(os.path.expanduser(path), self.session.model)
+        self.first, self.changed = self.session.memory.position[0] == 0, True
         self._say(f"loaded {path}, a memory of {self.session.memory.position[0]:,} tokens")
 
     def _reset(self, _: str) -> None:
         from transformerfam.memory import Memory
 
-        self.session.memory, self.first = Memory.for_model(self.session.model), True
+        self.session.memory = Memory.for_model(self.session.model)
+        self.first = self.changed = True
         self._say("The memory is empty.")
 
     def _info(self, _: str) -> None:

@@ -98,10 +98,14 @@ class Shown:
 def run(args: argparse.Namespace) -> int:
     """Read, ask, save, ask again, draw the picture."""
     from transformerfam import models
+    from transformerfam.commands._session import check_place
     from transformerfam.data.passkey import INTRODUCTION, pass_key
 
     if Path(args.out).suffix not in (".png", ".svg"):
         raise UserError(f"The picture must be .png or .svg, not {args.out}.")
+    for place in (args.out, args.json):
+        if place:
+            check_place(place)
     progress = report.Progress(quiet=args.quiet)
     progress.note("Loading SmolLM2-135M-Instruct, a language model of 135 million weights.")
     model, tokenizer = _with_memory(args.memory_segments)

@@ -40,6 +40,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=options.text,
         help="the text, or - for standard input; may be left out with --load",
     )
+    parser.add_argument(
+        "--lenient",
+        action="store_true",
+        help="read on over bytes of standard input that are not UTF-8, and over NUL bytes",
+    )
     options.add_quiet(parser)
     options.add_sampling(parser, max_new_tokens=200)
     options.add_memory(parser)
@@ -52,32 +57,36 @@ def run(args: argparse.Namespace) -> int:
     if not args.prompt and not args.load:
         raise UserError("Give a PROMPT to continue, - for standard input, or a memory with --load.")
     from transformerfam.commands import _session
+    from transformerfam.memory_file import save_memory
 
     sampling = options.sampling(args)
     _session.check_can_save(args.save)
     progress = report.Progress(quiet=args.quiet)
-    prompt = _prompt(args.prompt)
+    prompt = _prompt(args.prompt, args.lenient)
     session = _session.open_session(args, progress)
     if not args.prompt and session.memory.next_logits is None:
         raise UserError(f"{args.load} has read nothing that could be continued; give a PROMPT.")
 
     def save() -> None:
         if args.save:
-            session.memory.save(args.save, session.model)
+            save_memory(session.memory, args.save, session.model, text="")
             progress.note(f"saved {args.save}")
 
     notice = "Stopping; Ctrl-C again stops at once and saves nothing."
     with _session.StopOnInterrupt("" if args.quiet else notice) as stop:
         before, started = session.memory.position[0], time.monotonic()
-        _read_prompt(session, stop.until(prompt))
-        read, written = session.memory.position[0] - before, 0
+        read, written = 0, 0
         try:
+            _read_prompt(session, stop.until(prompt))
+            read = session.memory.position[0] - before
             for token_text in _continuation(args, session, sampling, stop):
                 print(token_text, end="", flush=True)
                 written += 1
             print(flush=True)
-        except BrokenPipeError:
-            save()  # whoever read the text went away; the memory is whole
+        except Exception:
+            # Whoever read the text went away, or a byte of the prompt is bad: the memory is whole.
+            if session.memory.position[0] > before:
+                save()
             raise
     seconds = time.monotonic() - started
     if stop.requested and not written:
@@ -87,7 +96,7 @@ def run(args: argparse.Namespace) -> int:
     return _session.INTERRUPTED if stop.requested else 0
 
 
-def _prompt(given: str | None) -> Iterator[str]:
+def _prompt(given: str | None, lenient: bool) -> Iterator[str]:
     """The prompt in pieces; opened at once, so that what cannot be read is refused at once."""
     if given != "-":
         return iter([given] if given else [])
@@ -95,7 +104,7 @@ def _prompt(given: str | None) -> Iterator[str]:
 
     if sys.stdin is not None and sys.stdin.isatty():
         print("Type the text; Ctrl-D on an empty line ends it.", file=sys.stderr)
-    return iter(TextSource("-"))
+    return iter(TextSource("-", lenient=lenient))
 
 
 def _read_prompt(session: Session, prompt: Iterator[str]) -> None:

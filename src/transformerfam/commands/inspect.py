@@ -82,13 +82,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Read, look, write."""
-    _check_place(args.output)
+    from transformerfam.commands import _session
+
+    _session.check_place(args.output)
     if args.figure:
         from transformerfam.attention_maps import check_figure
 
-        _check_place(args.figure)
+        _session.check_place(args.figure)
         check_figure(args.figure)
-    from transformerfam.commands import _session
     from transformerfam.text import TextSource, TokenIds
 
     progress = report.Progress(quiet=args.quiet)
@@ -131,15 +132,6 @@ def _check_apart(args: argparse.Namespace) -> None:
         raise UserError(f"{' and '.join(places)} must be different files.")
 
 
-def _check_place(path: str) -> None:
-    """Refuse a place that cannot be written to before the work is done."""
-    target = Path(path)
-    if target.is_dir():
-        raise UserError(f"{path} is a folder; name a file.")
-    if not target.parent.is_dir():
-        raise UserError(f"There is no folder {target.parent} to write {target.name} in.")
-
-
 def _look(
     args: argparse.Namespace, session: Session, ids: list[int], progress: report.Progress
 ) -> Inspection:
@@ -173,7 +165,9 @@ def _write_page(
     )
     try:
         with whole_file(args.output) as beside:
-            beside.write_text(made, encoding="utf-8")
+            beside.write_text(
+                made, encoding="utf-8", errors="replace"
+            )  # FILE's name need not be text
     except OSError as error:
         reason = error.strerror or error
         raise UserError(f"{args.output} cannot be written: {reason}.") from error

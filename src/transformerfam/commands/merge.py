@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -44,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Load, merge, save."""
-    target = Path(args.output).expanduser()
+    target = Path(args.output).expanduser().resolve()
     _check_adapter(args.adapter, args.model)
     _check_output(target)
     progress = report.Progress(quiet=args.quiet)
@@ -69,7 +70,8 @@ def run(args: argparse.Namespace) -> int:
     progress.clear()
     size = sum(file.stat().st_size for file in target.rglob("*") if file.is_file())
     print(
-        f"wrote {args.output}, {report.size(size)}; read with it: fam read FILE --model {args.output}"
+        f"wrote {args.output}, {report.size(size)}; read with it: "
+        f"fam read FILE --model {shlex.quote(args.output)}"
     )
     return 0
 

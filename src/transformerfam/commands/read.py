@@ -7,12 +7,12 @@ import json
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from transformerfam import report
 from transformerfam.commands import _options as options
+from transformerfam.commands._tally import Tally, TextRead
 from transformerfam.errors import UserError
 
 if TYPE_CHECKING:
@@ -47,6 +47,9 @@ keys of --json:
   compare                 with --compare, a list of {name, config, tokens, scored, loss,
                           loss_within_full_limit, memory_bytes, ranges: [{start, stop, loss}]}
 """
+
+
+_PIECE = 1 << 16  # tokens that are gone past at a time
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -126,7 +129,7 @@ def run(args: argparse.Namespace) -> int:
         reading = Reading(args, session, source, progress)
         reading.run()
     if args.json:
-        print(json.dumps(reading.as_json(reading.answers())))
+        reading.print_json()
     else:
         print(reading.summary())
         reading.print_answers()
@@ -154,37 +157,6 @@ def _check_questions(args: argparse.Namespace, session: Session) -> None:
             turns.opening(question, first=True, fresh=False)
 
 
-@dataclass
-class Tally:
-    """Sums over the chunks read so far."""
-
-    tokens: int = 0
-    scored: int = 0
-    nats: float = 0.0
-    last: float | None = None
-    seconds: float = 0.0
-    resident: int | None = None
-
-    def add(self, chunk: Chunk) -> None:
-        """Count one more chunk."""
-        self.tokens += chunk.tokens
-        self.scored += chunk.scored
-        self.nats += chunk.nats
-        self.last = chunk.loss
-        resident = report.resident_bytes()
-        self.resident = max(self.resident or 0, resident) if resident is not None else None
-
-    @property
-    def loss(self) -> float | None:
-        """Mean over all scored tokens."""
-        return self.nats / self.scored if self.scored else None
-
-    @property
-    def rate(self) -> float:
-        """Tokens a second."""
-        return self.tokens / self.seconds if self.seconds else 0.0
-
-
 class Reading:
     """One run of `fam read`, from the first token to the report."""
 
@@ -197,6 +169,7 @@ class Reading:
     ) -> None:
         self.args, self.session, self.source, self.progress = args, session, source, progress
         self.tally = Tally()
+        self._text: TextRead | None = TextRead()  # None: the memory has read other things too
         self.interrupted = self.saved = False
         self.not_saved: MemoryFileError | None = None  # told when all else is
         self._skipped_bytes = 0.0
@@ -224,19 +197,20 @@ class Reading:
         try:
             with StopOnInterrupt("" if self.args.quiet else notice) as stop:
                 self._read(stop)
-        except UserError as error:
-            # A bad byte far into a text: what came before it was read for good.
+        except Exception as error:
+            # A bad byte far into a text, no memory left: what came before was read for good.
             self.progress.clear()
             if self.args.save and self.tally.tokens:
                 self._save()
-            if self.saved:
-                raise UserError(
-                    f"{error} The {self.tally.tokens:,} tokens read before are saved in "
-                    f"{self.args.save}."
-                ) from None
+            if not self.saved:
+                raise
+            kept = f"The {self.tally.tokens:,} tokens read before are saved in {self.args.save}."
+            if isinstance(error, UserError):
+                raise UserError(f"{error} {kept}") from None
+            self.progress.note(kept)
             raise
         self.progress.clear()
-        if self.args.save:
+        if self.args.save and (self.tally.tokens or not self.interrupted):
             self._save()
 
     def _read(self, stop: Any) -> None:
@@ -248,13 +222,17 @@ class Reading:
         ids = TokenIds(self.session.tokenizer, stop.until(self.source), fresh=fresh)
         tokens = iter(ids)
         if self.args.continues:
-            self._skip(tokens, memory.position[0])
+            self._skip(tokens, memory.position[0], stop)
             self._skipped_bytes = ids.bytes_done
+        elif memory.position[0]:
+            self._text = None
         tokens = islice(tokens, self.args.max_tokens)
         self.progress.passing("reading ...")
         started = time.monotonic()
         for chunk in read(self.session.model, self._noted(tokens), memory):
             self.tally.add(chunk)
+            if self._text is not None:
+                self._text.add(self._taken)
             self._compare(chunk)
             self.tally.seconds = time.monotonic() - started
             self.progress.update(self._line(ids))
@@ -262,19 +240,32 @@ class Reading:
                 break
         self.interrupted = stop.requested
 
-    def _skip(self, tokens: Iterator[int], read_before: int) -> None:
-        self.progress.passing(f"finding token {read_before:,} ...")
-        found = sum(1 for _ in islice(tokens, read_before))
-        if found < read_before:
+    def _skip(self, tokens: Iterator[int], read_before: int, stop: Any) -> None:
+        """Go past what the memory has read, which must be the same text."""
+        from transformerfam.memory_file import memory_header
+
+        began = (memory_header(self.args.load) or {}).get("text")
+        if began == "":
             raise UserError(
-                f"{self.source.name} has {found:,} tokens and the memory has read {read_before:,}, so "
-                "it is not the text that the memory has begun; leave --continue out."
+                f"{self.args.load} has read other things besides a text, so where {self.source.name} "
+                "goes on is not known; leave --continue out."
             )
+        self.progress.passing(f"finding token {read_before:,} ...")
+        found, text = 0, TextRead()
+        while ids := list(islice(tokens, min(_PIECE, read_before - found))):
+            found += len(ids)
+            text.add(ids)
+        if stop.requested:
+            return
+        if found < read_before or began not in (None, text.fingerprint()):
+            raise UserError(
+                f"{self.source.name} is not the text that {self.args.load} has begun, of which it has "
+                f"read {read_before:,} tokens; leave --continue out."
+            )
+        self._text = text
 
     def _noted(self, tokens: Iterator[int]) -> Iterator[int]:
-        """The tokens of a chunk, kept for the other ways to read it."""
-        if not self.variants:
-            return tokens
+        """The tokens, of which those of a chunk are kept until it is done."""
         return (self._taken.append(token) or token for token in tokens)  # type: ignore[func-returns-value]
 
     def _compare(self, chunk: Chunk) -> None:
@@ -288,10 +279,11 @@ class Reading:
         self._taken.clear()
 
     def _save(self) -> None:
-        from transformerfam.memory_file import MemoryFileError
+        from transformerfam.memory_file import MemoryFileError, save_memory
 
+        text = "" if self._text is None else self._text.fingerprint()
         try:
-            self.session.memory.save(self.args.save, self.session.model)
+            save_memory(self.session.memory, self.args.save, self.session.model, text=text)
             self.saved = True
         except MemoryFileError as error:
             self.not_saved = error
@@ -335,8 +327,8 @@ class Reading:
         pairs = [("text", f"{self.source.name}, {tally.tokens:,} tokens{before}{stopped}")]
         pairs.append(("model", f"{session.name}: {session.config.describe()}"))
         if tally.loss is not None:
-            perplexity = report.perplexity(tally.loss)
-            pairs.append(("loss", f"{tally.loss:.3f} nats a token (perplexity {perplexity:,.1f})"))
+            shown = f"{tally.loss:.3f} nats a token (perplexity {tally.perplexity:,.1f})"
+            pairs.append(("loss", shown))
         pace = "for all ways below" if self.variants else f"{tally.rate:,.0f} tokens/s"
         pairs.append(("time", f"{report.duration(tally.seconds)}, {pace}"))
         pairs.append(("memory", report.size(session.memory.nbytes) + self._growth()))
@@ -370,9 +362,9 @@ class Reading:
             "tokens": tally.tokens,
             "position": session.memory.position[0],
             "scored": tally.scored,
-            "nats": tally.nats,
-            "loss": tally.loss,
-            "perplexity": None if tally.loss is None else report.perplexity(tally.loss),
+            "nats": report.finite(tally.nats),
+            "loss": report.finite(tally.loss),
+            "perplexity": None if tally.loss is None else report.finite(tally.perplexity),
             "seconds": round(tally.seconds, 3),
             "tokens_per_second": round(tally.rate, 1),
             "memory_bytes": session.memory.nbytes,
@@ -401,10 +393,15 @@ class Reading:
             max_new_tokens=self.args.max_new_tokens,
         )
 
-    def answers(self) -> list[dict[str, str]]:
-        """All answers at once."""
-        questions = [] if self.interrupted else self.args.ask
-        return [{"question": q, "answer": "".join(self._answer(q)).strip()} for q in questions]
+    def print_json(self) -> None:
+        """The result as one object, whatever becomes of the answers."""
+        answers: list[dict[str, str]] = []
+        try:
+            for question in [] if self.interrupted else self.args.ask:
+                said = "".join(self._answer(question)).strip()
+                answers.append({"question": question, "answer": said})
+        finally:
+            print(json.dumps(self.as_json(answers)), flush=True)
 
     def print_answers(self) -> None:
         """The answers as they are made."""

@@ -246,7 +246,7 @@ def _tokenizer(name: str) -> Any:
             return AutoTokenizer.from_pretrained(
                 str(embedded_folder()) if name == models.EMBEDDED else name
             )
-    except (OSError, ValueError) as error:
+    except Exception as error:  # missing and damaged tokenizers raise many kinds of errors
         raise UserError(
             f"{name} has no tokenizer that can be used ({first_sentence(error)})."
         ) from error

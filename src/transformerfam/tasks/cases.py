@@ -7,6 +7,7 @@ module and a line there.
 from __future__ import annotations
 
 import hashlib
+import os
 import random
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -89,7 +90,7 @@ class Wanted:
         path = self.data.get(task)
         if path is None:
             return {"data": "hub"}
-        files = sorted(Path(found) for found in glob(path))
+        files = sorted(Path(found) for found in glob(os.path.expanduser(path)))
         files = [
             f for file in files for f in (sorted(file.rglob("*")) if file.is_dir() else [file])
         ]

@@ -196,7 +196,8 @@ def save(
         if hasattr(model, "get_base_model"):
             text = json.dumps(config.to_dict(), indent=2)
             (beside / ADAPTER_FAM_CONFIG).write_text(text + "\n")
-        (beside / "README.md").write_text(card, encoding="utf-8")
+        # Names of files in it need not be text.
+        (beside / "README.md").write_text(card, encoding="utf-8", errors="backslashreplace")
 
 
 @contextmanager

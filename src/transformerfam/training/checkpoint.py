@@ -97,6 +97,24 @@ class Checkpoints:
         """Write a checkpoint; the oldest go."""
         target = self.folder / f"step-{progress.step:08d}"
         beside = self.folder / f".{target.name}.writing"
+        try:
+            self._save(target, beside, progress, recipe, model, optimizer, carried)
+        except BaseException:
+            if self.accelerator.is_main_process:  # a disk that is full would stay so
+                shutil.rmtree(beside, ignore_errors=True)
+            raise
+        return target
+
+    def _save(
+        self,
+        target: Path,
+        beside: Path,
+        progress: Progress,
+        recipe: Mapping[str, Any],
+        model: Any,
+        optimizer: Any,
+        carried: Carried,
+    ) -> None:
         if self.accelerator.is_main_process:
             for broken_off in self.folder.glob(".step-*"):
                 shutil.rmtree(broken_off)
@@ -141,7 +159,6 @@ class Checkpoints:
                 # By another name first: what is there is there whole.
                 shutil.rmtree(old.rename(self.folder / f".{old.name}.old"))
         self.accelerator.wait_for_everyone()
-        return target
 
     # ---- reading
 

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
 from transformerfam import report
+from transformerfam.errors import UserError
 from transformerfam.extras import MissingExtraError, require
-from transformerfam.files import whole_file
+from transformerfam.files import hold, whole_file
 
 FILE = "metrics.jsonl"
 TENSORBOARD = "tensorboard"
@@ -36,6 +37,9 @@ class Journal:
         quiet: show no progress.
         tensorboard: write files for TensorBoard too, if it is installed.
         stream: where progress goes; standard error by default.
+
+    Raises:
+        UserError: if another run writes to the folder.
     """
 
     def __init__(
@@ -53,9 +57,11 @@ class Journal:
         self._mean_seconds: float | None = None
         self._file: TextIO | None = None
         self._board: Any = None
+        self._release: Callable[[], None] = lambda: None
         if folder is not None:
             folder = Path(folder)
             folder.mkdir(parents=True, exist_ok=True)
+            self._release = _held(folder)
             keep_until(folder / FILE, start_step)
             self._file = (folder / FILE).open("a", encoding="utf-8")
             if tensorboard:
@@ -120,6 +126,8 @@ class Journal:
     def close(self) -> None:
         """Close the files and take the progress line off the terminal."""
         self.progress.clear()
+        self._release()
+        self._release = lambda: None
         if self._file is not None:
             self._file.close()
         if self._board is not None:
@@ -162,6 +170,16 @@ class Journal:
             None if grad_norm is None else f"grad {grad_norm:.2g}",
         ]
         return "   ".join(fact for fact in facts if fact)
+
+
+def _held(folder: Path) -> Callable[[], None]:
+    """Keeps other runs out of a folder until it is called."""
+    try:
+        return hold(folder)
+    except BlockingIOError:
+        raise UserError(
+            f"Another run writes to {folder}; wait for it, or name another folder with --output."
+        ) from None
 
 
 def keep_until(file: Path, step: int) -> None:

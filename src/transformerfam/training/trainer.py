@@ -206,12 +206,14 @@ class Trainer:
                 if trained.interrupted:
                     trained.model.eval()
                     return trained
-            trained.results = self.measure()
+            try:
+                trained.results = self.measure()
+            finally:  # whatever becomes of measuring, what was learned is written
+                self._finish(trained, tokens, clock.seconds)
             if self.start.step < trained.steps:
                 kept.probe(trained.steps, trained.results)
         finally:
             kept.close()
-        self._finish(trained, tokens, clock.seconds)
         return trained
 
     def _step(self, step: int, kept: Journal, clock: Clock) -> tuple[float | None, int, bool]:
@@ -350,20 +352,13 @@ class Trainer:
         return Progress(step, self._rows(), tokens, seconds, self.curriculum.state())
 
     def _checkpoint(self, progress: Progress) -> None:
-        self.checkpoints.save(
-            progress,
-            self.recipe.to_dict(),
-            self.model,
-            self.optimizer.optimizer,
-            self.stepper.carried,
-        )
+        parts = self.model, self.optimizer.optimizer, self.stepper.carried
+        self.checkpoints.save(progress, self.recipe.to_dict(), *parts)
 
     def _finish(self, trained: Trained, tokens: int, seconds: float) -> None:
         """Save what was learned, with its card."""
         if self.folder is None:
             return
-        if self.start.step < trained.steps and self.recipe.run.checkpoint_every:
-            self._checkpoint(self._progress(trained.steps, tokens, seconds))
         left = round(self._sum(left_out(self.source, self.readers)[0]))
         state = None
         if self.accelerator.num_processes > 1:
@@ -383,6 +378,9 @@ class Trainer:
                 trained.model, self.tokenizer, self.folder, card, config=config, state=state
             )
         self.accelerator.wait_for_everyone()
+        # Behind what is smaller, and wanted more.
+        if self.start.step < trained.steps and self.recipe.run.checkpoint_every:
+            self._checkpoint(self._progress(trained.steps, tokens, seconds))
 
     # ---- several processes
 
