@@ -1,7 +1,8 @@
 """A memory on disk: one safetensors file, complete and of the right model, or refused.
 
 The header carries the format version, the geometry, the position of each row, a fingerprint of the
-weights that made the memory, and a checksum over all of it and every tensor. No pickle.
+weights that made the memory, maybe one of the text that it has read, and a checksum over all of it and
+every tensor. No pickle.
 """
 
 from __future__ import annotations
