@@ -18,6 +18,7 @@ from command_line import CONFIG, Run, loaded, refused, start
 
 from transformerfam import cli, models
 from transformerfam.commands import _compare, _options, _session
+from transformerfam.commands.eval import _data
 from transformerfam.config import FamConfig
 from transformerfam.embedded import SHIPPED
 
@@ -52,10 +53,25 @@ def test_every_command_is_in_the_help(capsys: pytest.CaptureFixture[str]) -> Non
         assert re.search(rf"^    {name}\s", shown, re.MULTILINE)
 
 
-@pytest.mark.parametrize("argv", [[], ["write"], ["read"], ["read", "a", "--max-tokens", "0"]])
+@pytest.mark.parametrize(
+    "argv",
+    [
+        [],
+        ["write"],
+        ["read"],
+        ["read", "a", "--max-tokens", "0"],
+        ["read", "a", "--max-tokens", "9" * 20],
+        ["generate", "a", "--seed", str(2**64)],
+    ],
+)
 def test_wrong_arguments_exit_with_2(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(argv) == 2
     assert "usage: fam" in capsys.readouterr().err
+
+
+def test_data_of_a_task_may_stand_in_the_home_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/ann")
+    assert _data("longqa=~/q.jsonl") == ("longqa", "/home/ann/q.jsonl")
 
 
 def test_every_field_of_the_geometry_has_an_option() -> None:

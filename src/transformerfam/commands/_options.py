@@ -232,6 +232,8 @@ def whole(least: int) -> Callable[[str], int]:
             raise argparse.ArgumentTypeError(
                 f"must be a whole number of at least {least}, not {text!r}"
             )
+        if number >= 2**63:
+            raise argparse.ArgumentTypeError(f"is too large a number: {text}")
         return number
 
     return parse

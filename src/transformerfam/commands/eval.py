@@ -204,7 +204,7 @@ def _data(text: str) -> tuple[str, str]:
     task, found, path = text.partition("=")
     if not found or not task or not path:
         raise UserError(f"--data takes TASK=PATH, not {text!r}.")
-    return task, path
+    return task, os.path.expanduser(path)  # no shell does it behind a =
 
 
 def _filler(path: str | None) -> list[str]:

@@ -7,7 +7,6 @@ module and a line there.
 from __future__ import annotations
 
 import hashlib
-import os
 import random
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -90,7 +89,7 @@ class Wanted:
         path = self.data.get(task)
         if path is None:
             return {"data": "hub"}
-        files = sorted(Path(found) for found in glob(os.path.expanduser(path)))
+        files = sorted(Path(found) for found in glob(path))
         files = [
             f for file in files for f in (sorted(file.rglob("*")) if file.is_dir() else [file])
         ]
