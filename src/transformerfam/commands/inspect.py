@@ -165,9 +165,8 @@ def _write_page(
     )
     try:
         with whole_file(args.output) as beside:
-            beside.write_text(
-                made, encoding="utf-8", errors="replace"
-            )  # FILE's name need not be text
+            # FILE's name, which is in it, need not be text.
+            beside.write_text(made, encoding="utf-8", errors="replace")
     except OSError as error:
         reason = error.strerror or error
         raise UserError(f"{args.output} cannot be written: {reason}.") from error
