@@ -285,7 +285,7 @@ def test_texts_of_few_segments_are_asked_behind_each() -> None:
 @pytest.mark.parametrize("name", GEOMETRIES)
 def test_recorded_pieces_are_those_that_are_not(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(replaying, "_WIDTH", 2)  # questions begin at several places of such blocks
-    drawn = {"before": [0, 1, 2], "behind": [1, 2, 4, 13], "times": 6}
+    drawn = {"before": [0, 1, 2], "behind": [1, 2, 9], "times": 3}
     feedback: dict[str, Any] = {"drawn_segments": [0, 1, 2]} if name == "windows" else {}
     feedback |= {"bptt_blocks": 3} if name in ("windows", "several", "rms") else {}
     made = recipe(fam=GEOMETRIES[name], replay=drawn, asked_blocks=2, **feedback)
