@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -154,22 +154,31 @@ GEOMETRIES: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", GEOMETRIES)
-def test_gradients_block_by_block_are_those_of_whole_texts(name: str) -> None:
-    """Also of questions some rows at a time, and of those that go on in the next block."""
-    made = recipe(fam=GEOMETRIES[name], replay={"times": 4, "rows_at_once": 1}, asked_blocks=2)
+def assert_gradients_are_those_of(
+    plainly: Callable[[ReplayStepper, Text, Recording], tuple[Tensor, Tensor]],
+    made: Recipe,
+    step: int,
+) -> None:
+    """Of a step of four texts; `plainly` says the losses of one, and of what is asked of F alone."""
     one, batch = stepper(ReplayStepper, made, Prose()), rows()
-    loss, ours = one.run(3, [batch]), gradients(one.base)
+    loss, ours = one.run(step, [batch]), gradients(one.base)
     own = one._read(batch)
     one.base.zero_grad()
     total = 0.0
     for time in range(4):
         text = one._text(batch, time)
-        part, alone = whole_text(one, text, own)
+        part, alone = plainly(one, text, own)
         total += float(part.detach()) / 4
         ((part + alone) / 4 / float(batch.weights.sum())).backward()
     assert loss == pytest.approx(total / float(batch.weights.sum()), rel=1e-5)
     assert_same(ours, gradients(one.base))
+
+
+@pytest.mark.parametrize("name", GEOMETRIES)
+def test_gradients_block_by_block_are_those_of_whole_texts(name: str) -> None:
+    """Also of questions some rows at a time, and of those that go on in the next block."""
+    made = recipe(fam=GEOMETRIES[name], replay={"times": 4, "rows_at_once": 1}, asked_blocks=2)
+    assert_gradients_are_those_of(whole_text, made, step=3)
 
 
 def whole_text(one: ReplayStepper, text: Text, own: Recording) -> tuple[Tensor, Tensor]:
@@ -198,18 +207,7 @@ def test_gradients_stop_where_segments_begin(name: str) -> None:
     """As if each segment were gone over in a call of its own, from a memory without a gradient."""
     drawn = {"before": [0, 1, 4], "behind": [0, 3, 7], "times": 4}
     made = recipe(fam=GEOMETRIES[name], replay=drawn, asked_blocks=2, bptt_blocks=3)
-    one, batch = stepper(ReplayStepper, made, Prose()), rows()
-    loss, ours = one.run(2, [batch]), gradients(one.base)
-    own = one._read(batch)
-    one.base.zero_grad()
-    total = 0.0
-    for time in range(4):
-        text = one._text(batch, time)
-        part, alone = in_segments(one, text, own)
-        total += float(part.detach()) / 4
-        ((part + alone) / 4 / float(batch.weights.sum())).backward()
-    assert loss == pytest.approx(total / float(batch.weights.sum()), rel=1e-5)
-    assert_same(ours, gradients(one.base))
+    assert_gradients_are_those_of(in_segments, made, step=2)
 
 
 def in_segments(one: ReplayStepper, text: Text, own: Recording) -> tuple[Tensor, Tensor]:

@@ -113,7 +113,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return code
     except BrokenPipeError:
-        lead_nowhere(sys.stdout)
         return _NO_READER
     except KeyboardInterrupt:
         return _tell("Stopped.", _INTERRUPTED)

@@ -10,7 +10,8 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -96,69 +97,64 @@ class Checkpoints:
     ) -> Path:
         """Write a checkpoint; the oldest go."""
         target = self.folder / f"step-{progress.step:08d}"
-        beside = self.folder / f".{target.name}.writing"
-        try:
-            self._save(target, beside, progress, recipe, model, optimizer, carried)
-        except BaseException:
-            if self.accelerator.is_main_process:  # a disk that is full would stay so
-                shutil.rmtree(beside, ignore_errors=True)
-            raise
+        with self._beside(target) as beside:
+            # Both gather from all processes; what they return is for the first alone.
+            weights: dict[str, Any] = get_model_state_dict(model, options=_GATHER)
+            # Asked for the state of an optimizer that has none yet, torch would make a step.
+            optimizer_state: Mapping[str, Any] = {}
+            if optimizer.state:
+                optimizer_state = get_optimizer_state_dict(model, optimizer, options=_GATHER)
+            memories = _tensors_of(carried.memories)
+            if memories:
+                rank = self.accelerator.process_index
+                _write(beside / f"memories-{rank:05d}.safetensors", memories)
+            if self.accelerator.is_main_process:
+                _write(beside / "trained.safetensors", weights)
+                tensors, values = _flat(optimizer_state)
+                _write(beside / "optimizer.safetensors", tensors)
+                _write(beside / "fams.safetensors", _numbered(carried.fams or ()))
+                state = {
+                    "step": progress.step,
+                    "rows": progress.rows,
+                    "tokens": progress.tokens,
+                    "seconds": progress.seconds,
+                    "curriculum": progress.curriculum,
+                    "optimizer": values,
+                    "recipe": recipe,
+                }
+                (beside / "state.json").write_text(json.dumps(state))
+            if memories:
+                places = [{"position": m.position, "offset": m.offset} for m in carried.memories]
+                name = f"memories-{self.accelerator.process_index:05d}.json"
+                (beside / name).write_text(json.dumps(places))
+            self.accelerator.wait_for_everyone()
+            if self.accelerator.is_main_process:
+                sync_folder(beside)
+                shutil.rmtree(target, ignore_errors=True)
+                beside.rename(target)
+                sync_folder(self.folder)
+                for old in _checkpoints_in(self.folder)[: -self.keep]:
+                    # By another name first: what is there is there whole.
+                    shutil.rmtree(old.rename(self.folder / f".{old.name}.old"))
+            self.accelerator.wait_for_everyone()
         return target
 
-    def _save(
-        self,
-        target: Path,
-        beside: Path,
-        progress: Progress,
-        recipe: Mapping[str, Any],
-        model: Any,
-        optimizer: Any,
-        carried: Carried,
-    ) -> None:
-        if self.accelerator.is_main_process:
+    @contextmanager
+    def _beside(self, target: Path) -> Iterator[Path]:
+        """A folder to write beside `target`, for all processes; gone if the block fails."""
+        beside = self.folder / f".{target.name}.writing"
+        is_first = self.accelerator.is_main_process
+        if is_first:
             for broken_off in self.folder.glob(".step-*"):
                 shutil.rmtree(broken_off)
             beside.mkdir(parents=True)
         self.accelerator.wait_for_everyone()
-        # Both gather from all processes; what they return is for the first alone.
-        weights: dict[str, Any] = get_model_state_dict(model, options=_GATHER)
-        # Asked for the state of an optimizer that has none yet, torch would make a step.
-        optimizer_state: Mapping[str, Any] = {}
-        if optimizer.state:
-            optimizer_state = get_optimizer_state_dict(model, optimizer, options=_GATHER)
-        memories = _tensors_of(carried.memories)
-        if memories:
-            rank = self.accelerator.process_index
-            _write(beside / f"memories-{rank:05d}.safetensors", memories)
-        if self.accelerator.is_main_process:
-            _write(beside / "trained.safetensors", weights)
-            tensors, values = _flat(optimizer_state)
-            _write(beside / "optimizer.safetensors", tensors)
-            _write(beside / "fams.safetensors", _numbered(carried.fams or ()))
-            state = {
-                "step": progress.step,
-                "rows": progress.rows,
-                "tokens": progress.tokens,
-                "seconds": progress.seconds,
-                "curriculum": progress.curriculum,
-                "optimizer": values,
-                "recipe": recipe,
-            }
-            (beside / "state.json").write_text(json.dumps(state))
-        if memories:
-            places = [{"position": m.position, "offset": m.offset} for m in carried.memories]
-            name = f"memories-{self.accelerator.process_index:05d}.json"
-            (beside / name).write_text(json.dumps(places))
-        self.accelerator.wait_for_everyone()
-        if self.accelerator.is_main_process:
-            sync_folder(beside)
-            shutil.rmtree(target, ignore_errors=True)
-            beside.rename(target)
-            sync_folder(self.folder)
-            for old in _checkpoints_in(self.folder)[: -self.keep]:
-                # By another name first: what is there is there whole.
-                shutil.rmtree(old.rename(self.folder / f".{old.name}.old"))
-        self.accelerator.wait_for_everyone()
+        try:
+            yield beside
+        except BaseException:
+            if is_first:  # a disk that is full would stay so
+                shutil.rmtree(beside, ignore_errors=True)
+            raise
 
     # ---- reading
 

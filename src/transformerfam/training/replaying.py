@@ -258,10 +258,10 @@ class ReplayStepper(Stepper):
         for part in self._in_turn(rows, self.base.fam_config.memory_segments):
             summed += self._ask(led, part, share)
         self._count()
+        count = len(alone) if self.feedback.bptt_blocks else self.feedback.asked_blocks
         for group in alone:
             for part in self._in_turn(len(group), 0):
-                each = len(alone) if self.feedback.bptt_blocks else self.feedback.asked_blocks
-                self._ask_fam_alone(led, group[part], share / each)
+                self._ask_fam_alone(led, group[part], share / count)
         self._lead_back(led, segments)
         return summed
 

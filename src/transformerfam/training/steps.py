@@ -267,7 +267,7 @@ class Stepper:
         return summed, self._asked_of_fam_alone(segment, written)
 
     def _asked_of_fam_alone(self, segment: Batch, written: FamAfterBlocks) -> Tensor | float:
-        """As `_loss`, of questions behind `asked_blocks` blocks of each row, in the mean over them.
+        """As `_loss`, of questions behind `asked_blocks` blocks of each row; each counts 1/asked_blocks.
 
         A text is read once, and teaches what FAM holds behind each block that it was asked behind: from
         that on in which all is told, up to the last before the row asks, whatever other rows do.
